@@ -1,0 +1,315 @@
+"""The typed audit specification: every key, its default and what it takes.
+
+A field's description completes "it takes ...": mistakes are told with it. An empty file is a full specification: it
+audits the embedded demo model on its held-out text. Paths are relative to the folder of the configuration file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self, TypeVar
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, PrivateAttr, Strict, ValidationError, model_validator
+
+from audit.config.files import assign, read_yaml
+from audit.config.mistakes import mistake, shown
+from audit.interventions import KINDS, NEEDS_CALIBRATION, Intervention, Kind, Scope, Target
+
+T = TypeVar("T")
+Many = Annotated[tuple[T, ...], Strict(False)]  # YAML has lists, a frozen specification tuples; the items stay strict
+
+_DEFAULT_LISTS: dict[str, list[Any]] = {"interventions": [{}], "corpus.sources": [{"kind": "demo"}]}
+
+
+class Section(BaseModel):
+    """A part of the specification: immutable, no unknown keys, no conversion of types ('3' is not 3)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
+
+
+class ModelConfig(Section):
+    """Which checkpoint, and how it is loaded."""
+
+    source: str = Field(
+        default="demo", min_length=1, description="demo, the folder of a checkpoint, or the name of a model on the hub"
+    )
+    revision: str | None = Field(default=None, description="null, or the branch, tag or commit of a hub model")
+    dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
+    device: str = Field(default="auto", min_length=1, description="auto, cpu, cuda or cuda:N")
+    trust_remote_code: bool = Field(default=False, description="true or false")
+    allow_pickle: bool = Field(default=False, description="true or false")
+
+    def location(self, folder: Path) -> str:
+        """What to load: ``demo``, the absolute path of a checkpoint, or a hub name. Relative to the folder, a path is
+        what starts with ``.``, ``/`` or ``~`` and what exists there."""
+        if self.source == "demo":
+            return self.source
+        path = folder / Path(self.source).expanduser()
+        return str(path.resolve()) if self.source.startswith((".", "/", "~")) or path.exists() else self.source
+
+
+class _Source(Section):
+    min_characters: int = Field(
+        default=0, ge=0, description="a whole number of at least 0: texts of that many characters or fewer are left out"
+    )
+    first: int | None = Field(
+        default=None, ge=1, description="null, or a whole number of at least 1: how many documents are taken"
+    )
+
+
+class DemoSource(_Source):
+    """The embedded demo model's held-out text."""
+
+    kind: Literal["demo"] = "demo"
+    domains: Many[Literal["code", "prose", "math"]] = Field(
+        default=("code", "prose", "math"), min_length=1, description="a list of code, prose and math"
+    )
+    documents_per_domain: int | None = Field(
+        default=40, ge=1, description="null for all, or a whole number of at least 1"
+    )
+    seed: int = Field(default=0, ge=0, description="a whole number of at least 0")
+
+    @model_validator(mode="after")
+    def _each_once(self) -> Self:
+        if len(set(self.domains)) < len(self.domains):
+            raise ValueError(f"domains: {shown(list(self.domains))} names a domain twice; name each once")
+        return self
+
+
+class TextSource(_Source):
+    """Text files in UTF-8: one file, a folder with all below it, or a pattern."""
+
+    kind: Literal["text"]
+    path: str = Field(min_length=1, description="a text file, a folder or a pattern such as texts/*.txt")
+    domain: str = Field(min_length=1, description="the name of the texts' domain, such as prose")
+    per_line: bool = Field(default=False, description="true (every line is a document) or false")
+
+
+class _RowSource(_Source):
+    text_field: str = Field(default="text", min_length=1, description="the name of the field that holds the text")
+    domain: str | None = Field(default=None, min_length=1, description="the name of the texts' domain, such as prose")
+    domain_field: str | None = Field(
+        default=None, min_length=1, description="the name of the field that holds the domain"
+    )
+
+    @model_validator(mode="after")
+    def _one_domain(self) -> Self:
+        if (self.domain is None) == (self.domain_field is None):
+            given = "missing" if self.domain is None else f"{self.domain!r} is given, and domain_field too"
+            raise ValueError(f"domain: {given}; give either domain (a name) or domain_field (the field that holds it)")
+        return self
+
+
+class JsonlSource(_RowSource):
+    """JSON Lines: a document per line."""
+
+    kind: Literal["jsonl"]
+    path: str = Field(min_length=1, description="a JSON Lines file, a folder or a pattern such as texts/*.jsonl")
+
+
+class ParquetSource(_RowSource):
+    """Parquet, Arrow or Feather: a document per row."""
+
+    kind: Literal["parquet"]
+    path: str = Field(min_length=1, description="a Parquet, Arrow or Feather file, a folder or a pattern")
+
+
+class DatasetsSource(_RowSource):
+    """A Hugging Face ``datasets`` data set, by hub name or folder: a document per row."""
+
+    kind: Literal["datasets"]
+    name: str = Field(min_length=1, description="the name of a data set on the hub, or its folder")
+    config: str | None = Field(
+        default=None, description="null, or the data set's configuration, such as wikitext-2-raw-v1"
+    )
+    split: str = Field(min_length=1, description="a split of the data set, such as test")
+    revision: str | None = Field(default=None, description="null, or the branch, tag or commit of a hub data set")
+
+
+Source = Annotated[
+    DemoSource | TextSource | JsonlSource | ParquetSource | DatasetsSource,
+    Field(discriminator="kind"),
+]
+
+
+class CorpusConfig(Section):
+    """The text, and how it becomes token sequences."""
+
+    sources: Many[Source] = Field(
+        default=(DemoSource(),),
+        min_length=1,
+        description="a list of sources, such as [{kind: text, path: texts, domain: prose}]",
+    )
+    max_tokens: int = Field(default=512, ge=4, description="a whole number of at least 4, in tokens")
+    long_documents: Literal["split", "truncate"] = "split"
+
+
+class CalibrationConfig(Section):
+    """The documents set aside for mean outputs, reservoirs and, by default, the metrics."""
+
+    share: float = Field(
+        default=0.2, ge=0, lt=1, description="a number from 0 to below 1: the share of the documents set aside"
+    )
+    documents: int | None = Field(
+        default=None, ge=1, description="null (share decides), or a whole number of at least 1"
+    )
+    metrics_from: Literal["calibration", "audited"] = Field(default="calibration", alias="from")
+
+    @property
+    def empty(self) -> bool:
+        """Whether no document is set aside."""
+        return self.documents is None and self.share == 0
+
+
+class PositionsConfig(Section):
+    """Which positions are audited."""
+
+    sample: int | None = Field(default=None, ge=1, description="null for all, or a whole number of at least 1")
+    include_first: bool = Field(default=False, description="true or false")
+    include_special: bool = Field(default=False, description="true or false")
+
+
+class InterventionConfig(Section):
+    """One do-operator and its target, as written in the file."""
+
+    kind: Kind = Field(default="zero", description=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}")
+    factor: float | None = Field(default=None, description="a number, with scale only")
+    draws: int = Field(default=1, description="a whole number of at least 1, with resample only")
+    target: (
+        Literal["each", "all", "shared"]
+        | Annotated[dict[Literal["highest", "lowest"], int], Field(min_length=1, max_length=1)]
+        | Annotated[
+            dict[Literal["listed", "each"], Annotated[Many[int], Field(min_length=1)]],
+            Field(min_length=1, max_length=1),
+        ]
+    ) = Field(
+        default="each", description="each, all, shared, {highest: n}, {lowest: n}, {listed: [ids]} or {each: [ids]}"
+    )
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        try:
+            self.build()
+        except ValueError as error:
+            raise ValueError(str(error).removeprefix("intervention.")) from error
+        return self
+
+    def build(self) -> Intervention:
+        """The intervention this describes. Raises ValueError for a kind, target, factor and draws that do not fit."""
+        return Intervention(kind=self.kind, target=self._target(), factor=self.factor, draws=self.draws)
+
+    def _target(self) -> Target:
+        if isinstance(self.target, str):
+            return Target(self.target)
+        ((selection, value),) = self.target.items()
+        return Target(selection, count=value) if isinstance(value, int) else Target(selection, experts=value)
+
+
+class EngineConfig(Section):
+    """How effects are computed."""
+
+    method: Literal["auto", "sweep", "oracle"] = "auto"
+    memory: Annotated[ByteSize, Field(gt=0)] = Field(
+        default=ByteSize(2 * 2**30), description="more than 0 bytes: a number, or a text such as 512MiB or 2GiB"
+    )
+    micro_batch: int | None = Field(
+        default=None, ge=1, description="null for what the memory allows, or a whole number of rows of at least 1"
+    )
+    threads: int = Field(default=1, ge=1, description="a whole number of at least 1")
+    experts: Literal["auto", "module", "sorted"] = "auto"
+    linear: Literal["auto", "torch", "onednn"] = "auto"
+    identity_every: int = Field(
+        default=8,
+        ge=1,
+        description="a whole number of at least 1: every how many tokens an identity intervention rides along",
+    )
+
+
+class ClusterConfig(Section):
+    """How the work is spread and what is done about failures."""
+
+    replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        default="auto", description="auto, or a whole number of at least 1"
+    )
+    task_minutes: float = Field(default=0.25, gt=0, description="a number of minutes above 0")
+    max_attempts: int = Field(default=3, ge=1, description="a whole number of at least 1")
+    hang_minutes: float = Field(default=30, gt=0, description="a number of minutes above 0")
+
+
+class AuditConfig(Section):
+    """A whole audit. Two specifications are equal where their keys and their folders are."""
+
+    name: str = Field(default="audit", min_length=1, description="a name")
+    seed: int = Field(default=0, ge=0, description="a whole number of at least 0")
+    model: ModelConfig = ModelConfig()
+    corpus: CorpusConfig = CorpusConfig()
+    calibration: CalibrationConfig = CalibrationConfig()
+    positions: PositionsConfig = PositionsConfig()
+    layers: Literal["all"] | Annotated[Many[Annotated[int, Field(ge=0)]], Field(min_length=1)] = Field(
+        default="all", description="all, or a list of MoE layer numbers such as [0, 4, 7]"
+    )
+    scope: Scope = "token"
+    all_positions: bool = Field(default=False, description="true or false")
+    interventions: Many[InterventionConfig] = Field(
+        default=(InterventionConfig(),), min_length=1, description="a list of interventions, such as [{kind: zero}]"
+    )
+    engine: EngineConfig = EngineConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    _folder: Path = PrivateAttr(default_factory=Path.cwd)
+
+    @classmethod
+    def load(cls, path: str | Path, overrides: Sequence[str] = ()) -> AuditConfig:
+        """The specification in a YAML file with ``key=value`` overrides laid over it, the last one winning.
+
+        Raises ConfigError, one sentence, for the first mistake.
+        """
+        path = Path(path)
+        data = read_yaml(path)
+        for override in overrides:
+            data = assign(data, override, _DEFAULT_LISTS)
+        return cls.parse(data, path.resolve().parent)
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any], folder: Path) -> AuditConfig:
+        """The specification in a mapping, such as a saved ``resolved()``; relative paths count from the folder."""
+        try:
+            config = cls.model_validate(dict(data))
+        except ValidationError as error:
+            raise mistake(error, cls, data) from error
+        config._folder = folder
+        return config
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the configuration file, from which relative paths count."""
+        return self._folder
+
+    def resolved(self) -> dict[str, Any]:
+        """Every key with its value, as plain data. Paths stay as written, so a run can go on where folders moved."""
+        return self.model_dump(mode="json", by_alias=True)
+
+    def build_interventions(self) -> tuple[Intervention, ...]:
+        """The interventions in the order of the file."""
+        return tuple(entry.build() for entry in self.interventions)
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.layers != "all" and len(set(self.layers)) < len(self.layers):
+            raise ValueError(f"layers: {shown(list(self.layers))} names a layer twice; name each once")
+        if self.all_positions and self.scope == "token":
+            raise ValueError("all_positions: True has no meaning for scope token; use it with scope: sequence")
+        for index, entry in enumerate(self.interventions):
+            if entry in self.interventions[:index]:
+                first = self.interventions.index(entry)
+                raise ValueError(f"interventions.{index}: {entry.kind!r} repeats interventions.{first}; name each once")
+            if self.calibration.empty and entry.kind in NEEDS_CALIBRATION:
+                raise ValueError(
+                    f"calibration.share: 0 leaves no documents, but {entry.kind!r} needs some; use 0.2, say"
+                )
+        if self.calibration.empty and self.calibration.metrics_from == "calibration":
+            raise ValueError(
+                "calibration.share: 0 leaves no documents for the metrics; use more, or calibration.from: audited"
+            )
+        return self

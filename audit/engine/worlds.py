@@ -1,0 +1,141 @@
+"""Counterfactual worlds of one layer: which interventions apply to which token, and the MoE output each leads to.
+
+Shapes: T clean rows, K slots, D hidden, P worlds (one virtual token each).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from audit.interventions import Intervention
+from audit.observations import Calibration
+
+IDENTITY = Intervention("scale", factor=1.0)
+
+
+@dataclass(slots=True)
+class Worlds:
+    """The worlds of one intervention at one layer, ordered by the clean row they stand at."""
+
+    intervention: Intervention
+    identity: bool
+    parent_P: Tensor  # clean row
+    members_PK: Tensor  # bool: the slots acted upon; none for identity and shared
+    slot_P: Tensor  # the slot where one expert is acted upon, else -1
+    draw_P: Tensor  # 0 but for resample
+    skipped: int = 0  # tokens with nothing to act upon, or nothing left to carry the weight
+
+    def __len__(self) -> int:
+        return len(self.parent_P)
+
+    def __getitem__(self, part: slice | Tensor) -> Worlds:
+        return Worlds(self.intervention, self.identity, self.parent_P[part], self.members_PK[part], self.slot_P[part], self.draw_P[part])
+
+
+def identity_worlds(rows_M: Tensor, top_k: int, every: int) -> Worlds:
+    """Control worlds in which nothing is changed, at every ``every``-th audited row."""
+    parent = rows_M[::every]
+    none = torch.zeros(len(parent), top_k, dtype=torch.bool, device=rows_M.device)
+    return Worlds(IDENTITY, True, parent, none, torch.full_like(parent, -1), torch.zeros_like(parent))
+
+
+def worlds_of(intervention: Intervention, rows_M: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Worlds:
+    """The worlds of ``intervention`` at the audited rows, given each row's routing."""
+    target = intervention.target
+    index_MK, weights_MK = index_TK[rows_M], weights_TK[rows_M]
+    M, K = index_MK.shape
+    device = rows_M.device
+    eye = torch.eye(K, dtype=torch.bool, device=device)
+    single = target.selection == "each"
+    if single:
+        members = eye.expand(M, K, K)
+        keep = torch.ones(M, K, dtype=torch.bool, device=device)
+        if target.experts is not None:
+            keep = torch.isin(index_MK, torch.tensor(target.experts, device=device))
+        parent = rows_M[:, None].expand(M, K)[keep]
+        slot = torch.arange(K, device=device).expand(M, K)[keep]
+        members_PK = members[keep]
+        skipped = 0
+    else:
+        if target.selection == "all":
+            chosen = torch.ones(M, K, dtype=torch.bool, device=device)
+        elif target.selection == "listed":
+            chosen = torch.isin(index_MK, torch.tensor(target.experts, device=device))
+        elif target.selection == "shared":
+            chosen = torch.zeros(M, K, dtype=torch.bool, device=device)
+        else:
+            order = weights_MK.argsort(dim=1, descending=target.selection == "highest", stable=True)
+            chosen = torch.zeros(M, K, dtype=torch.bool, device=device).scatter_(1, order[:, : target.count], True)
+        keep = torch.ones(M, dtype=torch.bool, device=device)
+        if target.selection == "listed":
+            keep = chosen.any(1)
+            if intervention.kind == "renormalize":
+                keep &= ~chosen.all(1)
+        parent, members_PK, skipped = rows_M[keep], chosen[keep], int((~keep).sum())
+        slot = torch.full_like(parent, -1)
+    draws = torch.arange(intervention.draws, device=device)
+    P = len(parent)
+    return Worlds(
+        intervention,
+        False,
+        parent.repeat_interleave(intervention.draws),
+        members_PK.repeat_interleave(intervention.draws, 0),
+        slot.repeat_interleave(intervention.draws),
+        draws.repeat(P),
+        skipped,
+    )
+
+
+@dataclass(slots=True)
+class Routed:
+    """What the clean rows of one layer gave their experts, and what these returned."""
+
+    x_TD: Tensor
+    index_TK: Tensor
+    weights_TK: Tensor
+    outputs_TKD: Tensor  # un-weighted
+    mixture_TD: Tensor  # y, the routed part of the MoE output
+
+    def contribution(self, worlds: Worlds) -> Tensor:
+        """Summed contribution [P, D] of the experts acted upon."""
+        if (worlds.slot_P >= 0).all():
+            weight = self.weights_TK[worlds.parent_P, worlds.slot_P].to(self.outputs_TKD.dtype)
+            return self.outputs_TKD[worlds.parent_P, worlds.slot_P] * weight[:, None]
+        weights_PK = (self.weights_TK[worlds.parent_P] * worlds.members_PK).to(self.outputs_TKD.dtype)
+        total = torch.zeros(len(worlds), self.mixture_TD.shape[1], dtype=self.outputs_TKD.dtype, device=self.x_TD.device)
+        for slot in range(weights_PK.shape[1]):
+            total += self.outputs_TKD[worlds.parent_P, slot] * weights_PK[:, slot, None]
+        return total
+
+
+def changed_output(worlds: Worlds, routed: Routed, contribution_PD: Tensor, layer: int, tokens: tuple[Tensor, Tensor] | None, calibration: Calibration | None, seed: int) -> Tensor:
+    """y' - y [P, D] for every kind but reroute and shared experts. ``tokens`` are sequence and position of each world."""
+    kind = worlds.intervention.kind
+    if kind == "zero":
+        return -contribution_PD
+    if kind == "scale":
+        assert worlds.intervention.factor is not None
+        return (worlds.intervention.factor - 1.0) * contribution_PD
+    if kind == "renormalize":
+        weights_PK = routed.weights_TK[worlds.parent_P]
+        total = weights_PK.sum(1)
+        ratio = (total / (total - (weights_PK * worlds.members_PK).sum(1)))[:, None].to(contribution_PD.dtype)
+        return (ratio - 1.0) * routed.mixture_TD[worlds.parent_P] - ratio * contribution_PD
+    assert calibration is not None and tokens is not None
+    replacement = torch.zeros_like(contribution_PD)
+    for slot in range(worlds.members_PK.shape[1]):
+        at = torch.nonzero(worlds.members_PK[:, slot]).flatten()
+        if not len(at):
+            continue
+        expert = routed.index_TK[worlds.parent_P[at], slot]
+        if kind == "mean":
+            stored = calibration.mean(layer).to(contribution_PD.device)[expert]
+        else:
+            stored = calibration.draw(layer, expert, tokens[0][at], tokens[1][at], worlds.draw_P[at], seed)
+        weight = routed.weights_TK[worlds.parent_P[at], slot].to(contribution_PD.dtype)
+        replacement[at] += stored.to(contribution_PD) * weight[:, None]
+    return replacement - contribution_PD

@@ -1,0 +1,90 @@
+"""Interventions: what is done to which of a token's experts (the do-operators of the audit).
+
+Each replaces the Mixture-of-Experts output y at one layer; c_i is the contribution (routing weight times output) of expert i.
+
+============= ==========================================================================================
+kind          output under do(.)
+============= ==========================================================================================
+zero          y - c_i: the expert says nothing, nobody else changes (arXiv 2606.10703)
+renormalize   the remaining contributions, scaled so that their routing weights keep the total mass
+reroute       expert i is struck from the router's candidates; the router chooses again by its own rule
+mean          E_i replaced by its mean over the calibration tokens routed to i (arXiv 2507.00390)
+resample      E_i replaced by one of its stored calibration outputs
+scale         y + (factor - 1) c_i (arXiv 2601.10159); factor 0 is ``zero``, 1 is the identity
+============= ==========================================================================================
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+Kind = Literal["zero", "renormalize", "reroute", "mean", "resample", "scale"]
+Selection = Literal["each", "all", "highest", "lowest", "listed", "shared"]
+Scope = Literal["token", "sequence"]
+
+KINDS: tuple[str, ...] = get_args(Kind)
+SELECTIONS: tuple[str, ...] = get_args(Selection)
+NEEDS_CALIBRATION = frozenset({"mean", "resample"})
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Which of a token's active experts an intervention acts on.
+
+    ``each``: every active expert by itself, one effect per slot (``experts`` restricts it to those ids).
+    ``all``, ``highest``, ``lowest``: one *set* per token: all active experts, or the ``count`` of highest or lowest routing weight.
+    ``listed``: one set per token, the active ones among ``experts``. ``shared``: the layer's shared experts, as one unit.
+    """
+
+    selection: Selection = "each"
+    count: int | None = None
+    experts: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.selection not in SELECTIONS:
+            raise ValueError(f"target: {self.selection!r} is unknown; known are {', '.join(SELECTIONS)}")
+        if self.selection in ("highest", "lowest") and (self.count is None or self.count < 1):
+            raise ValueError(f"target.{self.selection}: {self.count} experts cannot be removed; at least 1 is needed")
+        if self.selection not in ("highest", "lowest") and self.count is not None:
+            raise ValueError(f"target.count: {self.count} has no meaning for {self.selection!r}; it goes with highest and lowest")
+        if self.selection == "listed" and not self.experts:
+            raise ValueError("target.experts: a listed target needs at least one expert id")
+
+
+@dataclass(frozen=True, slots=True)
+class Intervention:
+    """One do-operator with its target. ``factor`` belongs to ``scale``, ``draws`` (effects per target) to ``resample``."""
+
+    kind: Kind = "zero"
+    target: Target = field(default_factory=Target)
+    factor: float | None = None
+    draws: int = 1
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"intervention.kind: {self.kind!r} is unknown; known are {', '.join(KINDS)}")
+        if (self.kind == "scale") != (self.factor is not None):
+            raise ValueError(f"intervention.factor: {self.factor} does not fit kind {self.kind!r}; scale needs one, the others take none")
+        if self.draws < 1 or (self.draws > 1 and self.kind != "resample"):
+            raise ValueError(f"intervention.draws: {self.draws} does not fit kind {self.kind!r}; resample takes 1 or more, the others exactly 1")
+        if self.target.selection == "shared" and self.kind not in ("zero", "scale"):
+            raise ValueError(f"intervention.target: shared experts take zero and scale, not {self.kind!r}: they have no routing weight")
+        if self.target.selection == "all" and self.kind in ("renormalize", "reroute"):
+            raise ValueError(f"intervention.target: {self.kind!r} of all active experts leaves nothing to carry their weight; name fewer")
+
+    def check(self, top_k: int, experts: int, has_shared: bool) -> None:
+        """Raise ValueError where a layer with ``experts`` experts, ``top_k`` active, cannot take this intervention."""
+        target = self.target
+        if target.count is not None and target.count > top_k:
+            raise ValueError(f"intervention.target.{target.selection}: {target.count} experts to remove, but a token has {top_k} active ones")
+        if target.count == top_k and self.kind == "renormalize":
+            raise ValueError(f"intervention.target.{target.selection}: renormalize of all {top_k} active experts leaves no weight; name at most {top_k - 1}")
+        removed = target.count or (len(target.experts) if target.experts and target.selection == "listed" else 1)
+        if self.kind == "reroute" and experts - removed < top_k:
+            raise ValueError(f"intervention: reroute without {removed} of {experts} experts leaves the router fewer than its top {top_k}")
+        for expert in target.experts or ():
+            if not 0 <= expert < experts:
+                raise ValueError(f"intervention.target.experts: {expert} is not an expert; the layer has 0 to {experts - 1}")
+        if target.selection == "shared" and not has_shared:
+            raise ValueError("intervention.target: shared, but this model has no shared experts")

@@ -1,0 +1,72 @@
+"""Which kernel multiplies by a weight matrix on a CPU: torch's own, or oneDNN's.
+
+On processors for which MKL has no tuned kernels oneDNN is more than twice as fast. The operator is one of torch's
+private ones, so it is used only where :func:`onednn_agrees` has just compared it with ``torch.nn.functional.linear``.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+LinearPath = Literal["torch", "onednn"]
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias through oneDNN. Shapes as in torch.nn.functional.linear; float32 on the CPU."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")  # type: ignore[no-any-return]
+
+
+class OneDNNLinear(TorchFunctionMode):
+    """Within this context float32 CPU calls of torch.nn.functional.linear go through oneDNN."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.linear and not kwargs and args[0].dtype == torch.float32 and args[0].device.type == "cpu" and args[0].numel():
+            return linear(*args)
+        return func(*args, **(kwargs or {}))
+
+
+def onednn_agrees() -> bool:
+    """Whether the operator exists here and equals torch's linear to float32 rounding."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode():
+        for rows, inner, outer in ((1, 8, 5), (33, 96, 40), (7, 256, 64)):
+            x, weight, bias = (torch.randn(*s, generator=generator) for s in ((rows, inner), (outer, inner), (outer,)))
+            for b in (None, bias):
+                exact = F.linear(x.double(), weight.double(), None if b is None else b.double())
+                try:
+                    ours = linear(x, weight, b)
+                except RuntimeError:
+                    return False
+                if not torch.allclose(ours.double(), exact, rtol=1e-5, atol=1e-5):
+                    return False
+    return True
+
+
+def fastest_linear(repeats: int = 5) -> LinearPath:
+    """Time both on a layer-sized product and return the faster. Takes about 20 ms."""
+    if not onednn_agrees():
+        return "torch"
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(512, 256, generator=generator), torch.randn(256, 256, generator=generator)
+
+    def best(function: Callable[[Tensor, Tensor], Tensor]) -> float:
+        times = []
+        for _ in range(repeats + 1):
+            start = time.perf_counter()
+            function(x, weight)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    with torch.inference_mode():
+        return "onednn" if best(linear) < best(F.linear) else "torch"

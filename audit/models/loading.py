@@ -1,0 +1,362 @@
+"""Load a causal language model and find its MoE layers, or say in one sentence why it cannot be audited."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from audit.models import attention
+from audit.models.discovery import ModelError, Site, decoder_layers, find_sites, promised_moe_layers
+from audit.models.experts import Experts, ModuleExperts, SortedExperts, agrees
+from audit.models.head import Head
+from audit.models.linear import LinearPath, OneDNNLinear, fastest_linear, onednn_agrees
+from audit.models.rows import Rows, clean_forward
+from audit.models.seam import record_calls, replaced, tensors_in
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelDescription:
+    """What was found in a checkpoint; everything a person or a plan needs to know without the weights."""
+
+    source: str
+    family: str
+    parameters: int
+    bytes: int
+    layers: int
+    moe_layers: tuple[int, ...]
+    experts: int
+    top_k: int
+    router_rule: str
+    shared_experts: bool
+    hidden_size: int
+    vocabulary: int
+    context_limit: int | None
+    engine: str  # "sweep" or "oracle"
+    engine_reason: str
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(slots=True, eq=False)
+class MoEModel:
+    """A loaded model with its MoE layers found and its fast paths chosen."""
+
+    module: nn.Module
+    tokenizer: Any
+    layers: nn.ModuleList
+    sites: dict[int, Site]
+    experts: dict[int, Experts]
+    experts_path: str  # "module" or "sorted"
+    linear_path: LinearPath
+    position_dims: list[list[int | None]]  # per layer, per tensor it is called with: the dimension that runs over positions
+    attention_modules: list[tuple[nn.Module, ...]]  # per layer
+    head: Head
+    description: ModelDescription
+    reroute_refused: str | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.module.parameters()).device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.module.parameters()).dtype
+
+    @contextlib.contextmanager
+    def kernels(self) -> Any:
+        """Within the block the chosen matrix kernels are in use and no gradients are kept."""
+        with torch.inference_mode(), OneDNNLinear() if self.linear_path == "onednn" else contextlib.nullcontext():
+            yield
+
+    @contextlib.contextmanager
+    def own_attention(self) -> Any:
+        """Within the block the model computes attention by its library's eager code, independent of the sweep."""
+        config: Any = self.module.config
+        before = config._attn_implementation
+        self.module.set_attn_implementation("eager")  # type: ignore[operator]
+        try:
+            yield
+        finally:
+            self.module.set_attn_implementation(before)  # type: ignore[operator]
+
+
+def text_config(config: Any) -> Any:
+    """The part of a configuration that describes the language model."""
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def load_model(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    experts: str = "auto",
+    linear: str = "auto",
+) -> MoEModel:
+    """Load a checkpoint from a folder, the hub, or the embedded one (``source="demo"``).
+
+    Raises ModelError, one sentence, where the checkpoint cannot be read or is not a model that can be audited.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"model.dtype: {dtype!r} is unknown; known are {', '.join(DTYPES)}")
+    place = resolve_device(device)
+    path = resolve_source(source)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    # The library's default experts code refuses float64, and on a CPU its plain loop is the faster of the two.
+    implementation = "eager" if place.type == "cpu" or dtype == "float64" else None
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            path, dtype=DTYPES[dtype], use_safetensors=None if allow_pickle else True, attn_implementation="eager",
+            **({"experts_implementation": implementation} if implementation else {}), **options,
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model.source: {source!r} cannot be loaded ({_sentence(error)}); name a folder with a safetensors checkpoint or a hub model") from error
+    tokenizer = load_tokenizer(path, **options)
+    return prepare(module.to(place), tokenizer, source=source, experts=experts, linear=linear)
+
+
+def load_tokenizer(path: str, **options: Any) -> Any:
+    """The checkpoint's tokenizer, or None where it has none."""
+    try:
+        return AutoTokenizer.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def resolve_source(source: str) -> str:
+    """The folder or hub name behind ``model.source``. Raises ModelError for a path that is not there."""
+    if source == "demo":
+        from audit.demo import CHECKPOINT
+
+        return str(CHECKPOINT)
+    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).expanduser().exists()
+    if looks_like_path:
+        folder = Path(source).expanduser()
+        if not (folder / "config.json").is_file():
+            raise ModelError(f"model.source: {source!r} holds no config.json; name the folder of a checkpoint, a hub model or demo")
+        return str(folder)
+    return source
+
+
+def resolve_device(device: str) -> torch.device:
+    """The device behind ``model.device``. Raises ModelError where it is absent."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(device)
+    except RuntimeError as error:
+        raise ModelError(f"model.device: {device!r} is unknown; use auto, cpu, cuda or cuda:N") from error
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise ModelError(f"model.device: {device!r} was asked for, but this machine has no CUDA device; use cpu or auto")
+    return place
+
+
+def prepare(module: Any, tokenizer: Any = None, *, source: str = "in memory", experts: str = "auto", linear: str = "auto") -> MoEModel:
+    """Find the MoE layers of a model in memory and choose the fast paths. Raises ModelError."""
+    module = module.eval().requires_grad_(False)
+    config = text_config(module.config)
+    layers = decoder_layers(module)
+    sites = find_sites(layers)
+    promised = promised_moe_layers(config, len(layers))
+    notes: list[str] = []
+    if promised is None:
+        notes.append("the configuration does not say which layers are MoE layers; those found are taken")
+    elif promised != set(sites):
+        raise ModelError(f"model: the configuration promises MoE layers {sorted(promised)}, found were {sorted(sites)}")
+
+    engine, reason, dims, attention_modules = _try_sweep(module, layers)
+    sites, ranges = _probe(module, sites)
+    linear_path: LinearPath = _linear_path(linear, module)
+    path: dict[int, Experts] = {}
+    chosen = "module"
+    with torch.inference_mode(), OneDNNLinear() if linear_path == "onednn" else contextlib.nullcontext():
+        ok = experts != "module" and all(agrees(site.experts, *ranges[layer]) for layer, site in sites.items())
+        if experts == "sorted" and not ok:
+            raise ModelError("engine.experts: 'sorted' does not reproduce this model's experts module; use auto or module")
+        chosen = "sorted" if ok else "module"
+        for layer, site in sites.items():
+            path[layer] = SortedExperts(site.experts) if ok else ModuleExperts(site.experts)
+    first = next(iter(sites.values()))
+    parameters = sum(p.numel() for p in module.parameters())
+    description = ModelDescription(
+        source=source,
+        family=config.model_type,
+        parameters=parameters,
+        bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
+        layers=len(layers),
+        moe_layers=tuple(sites),
+        experts=max(s.num_experts for s in sites.values()),
+        top_k=max(s.top_k for s in sites.values()),
+        router_rule=router_rule(first, config),
+        shared_experts=any(s.shared is not None for s in sites.values()),
+        hidden_size=config.hidden_size,
+        vocabulary=config.vocab_size,
+        context_limit=getattr(config, "max_position_embeddings", None),
+        engine=engine,
+        engine_reason=reason,
+        notes=notes,
+    )
+    return MoEModel(module, tokenizer, layers, sites, path, chosen, linear_path, dims, attention_modules, Head(module, layers), description)
+
+
+def describe(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelDescription:
+    """What a checkpoint holds, from its configuration alone: no weights are read, no memory is taken."""
+    path = resolve_source(source)
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+        with torch.device("meta"):
+            module = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code, attn_implementation="eager")
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model.source: {source!r} cannot be read ({_sentence(error)}); name a folder with a checkpoint or a hub model") from error
+    text = text_config(config)
+    layers = decoder_layers(module)
+    sites = find_sites(layers)
+    first = next(iter(sites.values()))
+    parameters = sum(p.numel() for p in module.parameters())
+    return ModelDescription(
+        source=source,
+        family=text.model_type,
+        parameters=parameters,
+        bytes=parameters * 2,
+        layers=len(layers),
+        moe_layers=tuple(sites),
+        experts=max(s.num_experts for s in sites.values()),
+        top_k=configured_top_k(text),
+        router_rule=router_rule(first, text),
+        shared_experts=any(s.shared is not None for s in sites.values()),
+        hidden_size=text.hidden_size,
+        vocabulary=text.vocab_size,
+        context_limit=getattr(text, "max_position_embeddings", None),
+        engine="unknown",
+        engine_reason="decided when the weights are loaded",
+        notes=["read from the configuration; bytes are for two bytes per parameter"],
+    )
+
+
+def configured_top_k(config: Any) -> int:
+    """Experts per token as the configuration names it."""
+    for name in ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"):
+        value = getattr(config, name, None)
+        if isinstance(value, (list, tuple)):
+            return int(max(value))
+        if isinstance(value, int):
+            return value
+    raise ModelError(f"model: the configuration of {config.model_type} does not name its experts per token")
+
+
+def router_rule(site: Site, config: Any) -> str:
+    """One phrase on how experts are chosen, read off the configuration; for people, nothing computes from it."""
+    kind = type(site.router).__name__ if site.router is not None else "inside the block"
+    facts = [f"{name}={getattr(config, name)}" for name in ("scoring_func", "topk_method", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor") if getattr(config, name, None) is not None]
+    return f"{kind} ({', '.join(facts)})" if facts else kind
+
+
+def _linear_path(linear: str, module: nn.Module) -> LinearPath:
+    parameter = next(module.parameters())
+    if linear == "torch" or parameter.device.type != "cpu" or parameter.dtype != torch.float32:
+        return "torch"
+    if linear == "auto":
+        return fastest_linear()
+    if not onednn_agrees():
+        raise ModelError("engine.linear: 'onednn' is not available or does not agree with torch here; use auto or torch")
+    return "onednn"
+
+
+def _try_sweep(module: Any, layers: nn.ModuleList) -> tuple[str, str, list[list[int | None]], list[tuple[nn.Module, ...]]]:
+    """Whether the sweep's attention can take over; along which dimension each layer argument runs over positions; what attends."""
+    try:
+        module.set_attn_implementation(attention.NAME)
+        lengths = (5, 7)
+        recorded = [record_calls(module, layers, torch.arange(n, device=next(module.parameters()).device)[None]) for n in lengths]
+        if any(len(calls) != len(layers) for calls in recorded):
+            raise attention.UnsupportedAttention("the model does not call its decoder layers once each")
+        for calls, length in zip(recorded, lengths, strict=True):
+            for call in calls:
+                attention.first_visible(call.mask, length)
+        dims = [_position_dims(a, b, lengths) for a, b in zip(*recorded, strict=True)]
+        attending = _compare_clean(module, layers, dims)
+    except (ValueError, KeyError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+        module.set_attn_implementation("eager")
+        return "oracle", f"the sweep cannot take over this family ({_sentence(error)})", [], []
+    return "sweep", "every layer attends through transformers' attention interface", dims, attending
+
+
+def _compare_clean(module: Any, layers: nn.ModuleList, dims: list[list[int | None]]) -> list[tuple[nn.Module, ...]]:
+    """Raise where two sequences run side by side as rows do not give the logits of the library's own code; else what attends."""
+    parameter = next(module.parameters())
+    vocabulary = int(text_config(module.config).vocab_size)
+    generator = torch.Generator().manual_seed(0)
+    probes = [torch.randint(0, vocabulary, (n,), generator=generator).to(parameter.device) for n in (19, 8)]
+    with torch.inference_mode():
+        rows = Rows(module, layers, dims, probes)
+        hidden, attending = clean_forward(rows)
+        ours = Head(module, layers).logits(hidden)
+        module.set_attn_implementation("eager")
+        own = torch.cat([module(input_ids=p[None], use_cache=False).logits[0] for p in probes])
+    module.set_attn_implementation(attention.NAME)
+    tolerance = 1e-3 if parameter.dtype in (torch.float32, torch.float64) else 0.1
+    distance = float((ours.double() - own.double()).abs().max() / own.double().abs().max().clamp_min(1e-30))
+    if not distance <= tolerance:
+        raise attention.UnsupportedAttention(f"rows side by side give logits {distance:.1e} apart from the model's own, relative")
+    return attending
+
+
+def _position_dims(short: Any, long: Any, lengths: tuple[int, int]) -> list[int | None]:
+    dims: list[int | None] = []
+    for a, b in zip(tensors_in([short.args, short.kwargs]), tensors_in([long.args, long.kwargs]), strict=True):
+        differing = [d for d, (m, n) in enumerate(zip(a.shape, b.shape, strict=True)) if m != n]
+        if len(differing) > 1 or (differing and (a.shape[differing[0]], b.shape[differing[0]]) != lengths):
+            raise attention.UnsupportedAttention(f"a layer is given a tensor of shape {tuple(a.shape)} for {lengths[0]} positions")
+        dims.append(differing[0] if differing else None)
+    return dims
+
+
+def _probe(module: Any, sites: dict[int, Site]) -> tuple[dict[int, Site], dict[int, tuple[Tensor, Tensor, Tensor]]]:
+    """One forward by the library's own code: what each experts module is given, hence each layer's top k."""
+    seen: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def watch(layer: int, site: Site) -> Any:
+        original = site.experts.forward
+        names = list(inspect.signature(type(site.experts).forward).parameters)[1:]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            given = [*args, *(kwargs[n] for n in names[len(args) :])]
+            seen[layer] = (given[0].clone(), given[1].clone(), given[2].clone())
+            return original(*args, **kwargs)
+
+        return forward
+
+    before = module.config._attn_implementation
+    module.set_attn_implementation("eager")
+    limit = int(getattr(text_config(module.config), "vocab_size", 2))
+    ids = torch.randint(0, limit, (1, 24), generator=torch.Generator().manual_seed(0)).to(next(module.parameters()).device)
+    with torch.inference_mode(), replaced({site.experts: watch(layer, site) for layer, site in sites.items()}):
+        module(input_ids=ids, use_cache=False)
+    module.set_attn_implementation(before)
+    missing = sorted(set(sites) - set(seen))
+    if missing:
+        raise ModelError(f"model: the experts modules of layers {missing} are never called; the model computes its experts elsewhere")
+    probed: dict[int, Site] = {}
+    for layer, (x, index, weights) in seen.items():
+        if x.dim() != 2 or index.dim() != 2 or index.shape != weights.shape or index.is_floating_point():
+            raise ModelError(f"model: layer {layer} calls its experts with shapes {tuple(x.shape)}, {tuple(index.shape)}, {tuple(weights.shape)}; rows, ids [N, K] and weights [N, K] are needed")
+        s = sites[layer]
+        probed[layer] = Site(layer, s.experts, s.router, s.shared, s.block, s.num_experts, int(index.shape[1]))
+    return dict(sorted(probed.items())), seen
+
+
+def _sentence(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:300].rstrip(".") if lines else type(error).__name__
+

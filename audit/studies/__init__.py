@@ -1,0 +1,1 @@
+"""Studies: one file per question, tables in and tables out."""

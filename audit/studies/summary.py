@@ -1,0 +1,218 @@
+"""Summary of an audit: what every layer and every expert does on average, and the noise floor it has to exceed.
+
+Effects are averaged within (layer, unit, intervention, parameter, scope), never over them. Sums are exact: an outcome is a
+32-bit float, m 2^e with an integer m, so that adding the m of equal exponents in integers loses nothing. Whatever the order in which
+rows arrive and however they are cut into tables, the result is the same to the last bit (this project).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.compute as pc
+
+CELL = ("layer", "unit", "intervention", "parameter", "scope")
+AVERAGED = ("kl", "delta_loss", "abs_delta_loss", "js", "tv", "top1_flip", "gap_norm")
+COMPARED = ("kl", "delta_loss", "js", "tv")  # outcomes with a noise floor
+NOISE_QUANTILE = 0.999
+
+_KEYS = (*CELL, "expert")
+_BUCKET_BITS = 3  # exponents are kept in buckets of 8: 24 + 7 bits per row leave room for 2**32 rows in 64
+_PARTIAL = pa.schema(
+    [
+        ("layer", pa.int64()),
+        ("unit", pa.string()),
+        ("intervention", pa.string()),
+        ("parameter", pa.float64()),
+        ("scope", pa.string()),
+        ("expert", pa.int64()),
+        ("quantity", pa.string()),  # an outcome, or a count: rows, finite:, nonfinite:, compared:, below:<outcome>
+        ("bucket", pa.int64()),
+        ("total", pa.int64()),  # sum of integers; the outcome's sum is sum of total * 2**(8 * bucket - 24)
+    ]
+)
+
+
+def noise_values(effects: pa.Table) -> pa.Table:
+    """|outcome| of the identity rows of one part of an effect table: layer, scope and the outcomes that have a floor."""
+    rows = effects.filter(pc.equal(pc.cast(effects["unit"], pa.string()), "identity"))
+    columns = {"layer": pc.cast(rows["layer"], pa.int64()), "scope": pc.cast(rows["scope"], pa.string())}
+    return pa.table(columns | {name: pc.abs(rows[name]) for name in COMPARED})
+
+
+def noise_floor(values: Iterable[pa.Table], routing_changes: Iterable[Mapping[int, Sequence[int]]]) -> pa.Table:
+    """What numerics alone do: per layer, scope and outcome the 99.9 % quantile and the maximum over identity rows.
+
+    ``values``: :func:`noise_values` of every part, all held in memory (16 bytes per identity row and outcome at most).
+    ``routing_changes``: per task {layer: (identity rows, those whose expert sets changed above)}; their share is
+    ``routing_changed`` (null where no such row was run).
+    """
+    frame = pa.concat_tables(values).to_pandas()
+    checked: dict[int, np.ndarray] = {}
+    for changes in routing_changes:
+        for layer, counts in changes.items():
+            checked[int(layer)] = checked.get(int(layer), np.zeros(2, np.int64)) + np.asarray(counts, np.int64)
+    records: list[dict[str, Any]] = []
+    for (layer, scope), rows in frame.groupby(["layer", "scope"], sort=True):
+        for outcome in COMPARED:
+            found = rows[outcome].to_numpy(np.float64)
+            found = found[np.isfinite(found)]
+            seen, changed = checked.get(int(layer), (0, 0))
+            records.append(
+                {
+                    "layer": int(layer),
+                    "scope": scope,
+                    "outcome": outcome,
+                    "rows": found.size,
+                    "quantile_999": float(np.quantile(found, NOISE_QUANTILE)) if found.size else None,
+                    "maximum": float(found.max()) if found.size else None,
+                    "routing_changed": float(changed / seen) if seen else None,
+                }
+            )
+    return pa.Table.from_pylist(
+        records,
+        pa.schema(
+            [
+                ("layer", pa.int16()),
+                ("scope", pa.string()),
+                ("outcome", pa.string()),
+                ("rows", pa.int64()),
+                ("quantile_999", pa.float64()),
+                ("maximum", pa.float64()),
+                ("routing_changed", pa.float64()),
+            ]
+        ),
+    )
+
+
+def partial_sums(effects: pa.Table, floor: pa.Table) -> pa.Table:
+    """Exact sums over one part of an effect table, mergeable by :func:`merge`; ``floor`` is the table of :func:`noise_floor`.
+
+    Identity rows are left out: they measure the noise floor, not an effect.
+    """
+    effects = effects.filter(pc.not_equal(pc.cast(effects["unit"], pa.string()), "identity"))
+    if not effects.num_rows:
+        return _PARTIAL.empty_table()
+    frame = pa.table({name: pc.cast(effects[name], _PARTIAL.field(name).type) for name in _KEYS}).to_pandas()
+    group = frame.groupby(list(_KEYS), dropna=False, sort=False).ngroup().to_numpy()  # numbered by first appearance
+    keys = pa.Table.from_pandas(frame.drop_duplicates(), preserve_index=False)
+    parts: list[pa.Table] = []
+
+    def add(quantity: str, totals: np.ndarray, buckets: np.ndarray | None = None) -> None:
+        lowest, highest = (int(buckets.min()), int(buckets.max())) if buckets is not None else (0, 0)
+        width = highest - lowest + 1
+        sums = np.zeros(keys.num_rows * width, np.int64)
+        np.add.at(sums, group * width + (0 if buckets is None else buckets - lowest), totals.astype(np.int64))
+        kept = np.flatnonzero(sums)
+        columns = {name: keys[name].take(pa.array(kept // width)) for name in _KEYS}
+        columns |= {"quantity": pa.repeat(pa.scalar(quantity), len(kept)), "bucket": pa.array(kept % width + lowest), "total": pa.array(sums[kept])}
+        parts.append(pa.table(columns).cast(_PARTIAL))
+
+    add("rows", np.ones(len(group)))
+    for name in AVERAGED:
+        column = effects["delta_loss" if name == "abs_delta_loss" else name]
+        values = pc.cast(column, pa.float32()).to_numpy().astype(np.float64)  # null becomes nan
+        values = np.abs(values) if name == "abs_delta_loss" else values
+        finite = np.isfinite(values)
+        add(f"finite:{name}", finite)
+        add(f"nonfinite:{name}", pc.is_valid(column).to_numpy() & ~finite)
+        buckets, integers = _integers(np.where(finite, values, 0.0))
+        add(name, integers, buckets)
+        if name in COMPARED:
+            quantile = _floor_of(floor, name, frame["layer"].to_numpy(), frame["scope"].to_numpy())
+            add(f"compared:{name}", finite & ~np.isnan(quantile))
+            add(f"below:{name}", np.abs(values) < quantile)  # nan is below nothing
+    return pa.concat_tables(parts)
+
+
+def merge(partials: Iterable[pa.Table]) -> pa.Table:
+    """One table of exact sums from those of the parts; integers, so that neither order nor cut matters."""
+    everything = pa.concat_tables([_PARTIAL.empty_table(), *partials])
+    return _sum_up(everything, [*_KEYS, "quantity", "bucket"])
+
+
+def layer_summary(merged: pa.Table) -> pa.Table:
+    """Means per (layer, unit, intervention, parameter, scope); columns as :func:`expert_summary`, ``experts`` = how many occur."""
+    experts = merged.filter(pc.equal(merged["quantity"], "rows")).group_by([*CELL]).aggregate([("expert", "count_distinct")])
+    counted = {tuple(row[key] for key in CELL): row["expert_count_distinct"] for row in experts.to_pylist()}
+    table = _summary(_sum_up(merged, [*CELL, "quantity", "bucket"]), CELL)
+    found = [counted[tuple(row[key] for key in CELL)] for row in table.select(list(CELL)).to_pylist()]
+    return table.add_column(len(CELL), "experts", pa.array(found, pa.int32()))
+
+
+def expert_summary(merged: pa.Table) -> pa.Table:
+    """Means per expert, where the unit is one expert.
+
+    Columns: the cell, ``expert``, ``n`` (rows), ``mean_<outcome>`` (nats for kl, js and the losses; ``top1_flip``: share of rows),
+    ``n_delta_loss`` (rows with a true next token), ``nonfinite`` (values that were infinite or nan and are in no mean), ``share_below_noise_<outcome>``: share of
+    rows with \\|outcome\\| below the layer's 99.9 % noise quantile, ``below_noise_<outcome>``: it exceeds one half, so that the median effect is noise
+    (null where no identity row was run).
+    """
+    one = merged.filter(pc.equal(merged["unit"], "expert"))
+    return _summary(one, (*CELL, "expert"))
+
+
+def _integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """32-bit floats as (bucket, integer): value = integer * 2**(8 * bucket - 24), exactly."""
+    mantissa, exponent = np.frexp(values)
+    integer = (mantissa * 2.0**24).astype(np.int64)
+    return (exponent >> _BUCKET_BITS).astype(np.int64), integer << (exponent & (2**_BUCKET_BITS - 1))
+
+
+def _mean(buckets: Mapping[int, int], count: int) -> float | None:
+    """The correctly rounded mean of a sum kept in buckets."""
+    total = sum((Fraction(total) * Fraction(2) ** ((bucket << _BUCKET_BITS) - 24) for bucket, total in buckets.items()), Fraction(0))
+    return float(total / count) if count else None
+
+
+def _sum_up(table: pa.Table, keys: list[str]) -> pa.Table:
+    sums = table.group_by(keys, use_threads=False).aggregate([("total", "sum")])
+    return sums.rename_columns([*keys, "total"])
+
+
+def _floor_of(floor: pa.Table, outcome: str, layers: np.ndarray, scopes: np.ndarray) -> np.ndarray:
+    """The noise quantile that belongs to each row; nan where there is none."""
+    found = np.full(len(layers), np.nan)
+    for row in floor.to_pylist():
+        if row["outcome"] == outcome and row["quantile_999"] is not None:
+            found[(layers == row["layer"]) & (scopes == row["scope"])] = row["quantile_999"]
+    return found
+
+
+def _summary(sums: pa.Table, keys: Sequence[str]) -> pa.Table:
+    frame = sums.select([*keys, "quantity", "bucket", "total"]).to_pandas()
+    records = []
+    for values, rows in frame.groupby(list(keys), dropna=False, sort=True):
+        quantities: dict[str, dict[int, int]] = {}
+        for quantity, bucket, total in zip(rows["quantity"], rows["bucket"], rows["total"], strict=True):
+            quantities.setdefault(quantity, {})[int(bucket)] = int(total)
+        count = Counter({name: buckets[0] for name, buckets in quantities.items() if ":" in name or name == "rows"})
+        record: dict[str, Any] = {key: None if pd.isna(value) else value for key, value in zip(keys, values, strict=True)}
+        record["n"] = count["rows"]
+        record["n_delta_loss"] = count["finite:delta_loss"]
+        record["nonfinite"] = sum(count[f"nonfinite:{name}"] for name in AVERAGED if name != "abs_delta_loss")
+        for name in AVERAGED:
+            record[f"mean_{name}"] = _mean(quantities.get(name, {}), count[f"finite:{name}"])
+        for name in COMPARED:
+            compared = count[f"compared:{name}"]
+            below = count[f"below:{name}"] / compared if compared else None
+            record[f"share_below_noise_{name}"] = below
+            record[f"below_noise_{name}"] = None if below is None else below > 0.5
+        records.append(record)
+    return pa.Table.from_pylist(records, _summary_schema(keys))
+
+
+def _summary_schema(keys: Sequence[str]) -> pa.Schema:
+    types = {"layer": pa.int16(), "expert": pa.int16(), "parameter": pa.float32()}
+    fields = [(key, types.get(key, pa.string())) for key in keys]
+    fields += [("n", pa.int64()), ("n_delta_loss", pa.int64()), ("nonfinite", pa.int64())]
+    fields += [(f"mean_{name}", pa.float64()) for name in AVERAGED]
+    fields += [(f"share_below_noise_{name}", pa.float64()) for name in COMPARED]
+    fields += [(f"below_noise_{name}", pa.bool_()) for name in COMPARED]
+    return pa.schema(fields)

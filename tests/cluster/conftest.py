@@ -1,0 +1,20 @@
+"""One Ray cluster per module, with a short temporary folder: AF_UNIX paths end at 107 bytes and pytest's tmp_path is longer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.session import ray_session
+
+# Ray's workers must find the stub worker, whose module lies next to this file.
+os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+
+
+@pytest.fixture(scope="module")
+def ray_cluster() -> Iterator[None]:
+    with ray_session(replicas=2, cpus_per_replica=1):
+        yield
