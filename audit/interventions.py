@@ -47,7 +47,9 @@ class Target:
         if self.selection in ("highest", "lowest") and (self.count is None or self.count < 1):
             raise ValueError(f"target.{self.selection}: {self.count} experts cannot be removed; at least 1 is needed")
         if self.selection not in ("highest", "lowest") and self.count is not None:
-            raise ValueError(f"target.count: {self.count} has no meaning for {self.selection!r}; it goes with highest and lowest")
+            raise ValueError(
+                f"target.count: {self.count} has no meaning for {self.selection!r}; it goes with highest and lowest"
+            )
         if self.selection == "listed" and not self.experts:
             raise ValueError("target.experts: a listed target needs at least one expert id")
 
@@ -65,26 +67,46 @@ class Intervention:
         if self.kind not in KINDS:
             raise ValueError(f"intervention.kind: {self.kind!r} is unknown; known are {', '.join(KINDS)}")
         if (self.kind == "scale") != (self.factor is not None):
-            raise ValueError(f"intervention.factor: {self.factor} does not fit kind {self.kind!r}; scale needs one, the others take none")
+            raise ValueError(
+                f"intervention.factor: {self.factor} does not fit kind {self.kind!r}; scale needs one, the others take none"
+            )
         if self.draws < 1 or (self.draws > 1 and self.kind != "resample"):
-            raise ValueError(f"intervention.draws: {self.draws} does not fit kind {self.kind!r}; resample takes 1 or more, the others exactly 1")
+            raise ValueError(
+                f"intervention.draws: {self.draws} does not fit kind {self.kind!r}; resample takes 1 or more, the others exactly 1"
+            )
         if self.target.selection == "shared" and self.kind not in ("zero", "scale"):
-            raise ValueError(f"intervention.target: shared experts take zero and scale, not {self.kind!r}: they have no routing weight")
+            raise ValueError(
+                f"intervention.target: shared experts take zero and scale, not {self.kind!r}: they have no routing weight"
+            )
         if self.target.selection == "all" and self.kind in ("renormalize", "reroute"):
-            raise ValueError(f"intervention.target: {self.kind!r} of all active experts leaves nothing to carry their weight; name fewer")
+            raise ValueError(
+                f"intervention.target: {self.kind!r} of all active experts leaves nothing to carry their weight; name fewer"
+            )
 
     def check(self, top_k: int, experts: int, has_shared: bool) -> None:
         """Raise ValueError where a layer with ``experts`` experts, ``top_k`` active, cannot take this intervention."""
         target = self.target
         if target.count is not None and target.count > top_k:
-            raise ValueError(f"intervention.target.{target.selection}: {target.count} experts to remove, but a token has {top_k} active ones")
+            raise ValueError(
+                f"intervention.target.{target.selection}: {target.count} experts to remove, but a token has {top_k} active ones; name at most {top_k}"
+            )
+        if target.selection == "each" and top_k == 1 and self.kind == "renormalize":
+            raise ValueError(
+                "intervention: renormalize needs a second active expert to carry the weight, but a token has only 1"
+            )
         if target.count == top_k and self.kind == "renormalize":
-            raise ValueError(f"intervention.target.{target.selection}: renormalize of all {top_k} active experts leaves no weight; name at most {top_k - 1}")
+            raise ValueError(
+                f"intervention.target.{target.selection}: renormalize of all {top_k} active experts leaves no weight; name at most {top_k - 1}"
+            )
         removed = target.count or (len(target.experts) if target.experts and target.selection == "listed" else 1)
         if self.kind == "reroute" and experts - removed < top_k:
-            raise ValueError(f"intervention: reroute without {removed} of {experts} experts leaves the router fewer than its top {top_k}")
+            raise ValueError(
+                f"intervention: reroute without {removed} of {experts} experts leaves the router fewer than its top {top_k}"
+            )
         for expert in target.experts or ():
             if not 0 <= expert < experts:
-                raise ValueError(f"intervention.target.experts: {expert} is not an expert; the layer has 0 to {experts - 1}")
+                raise ValueError(
+                    f"intervention.target.experts: {expert} is not an expert; the layer has 0 to {experts - 1}"
+                )
         if target.selection == "shared" and not has_shared:
             raise ValueError("intervention.target: shared, but this model has no shared experts")

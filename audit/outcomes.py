@@ -10,7 +10,8 @@ Shapes: R rows, V vocabulary. Losses and divergences are in nats. Definitions: t
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -34,7 +35,19 @@ class Baseline:
         p = log_p.exp()
         has = target_M >= 0
         loss = -log_p.gather(1, target_M.clamp_min(0)[:, None])[:, 0]
-        return Baseline(logits_MV, p, logits_MV.argmax(-1), target_M, loss.masked_fill(~has, float("nan")), -(p * log_p).nan_to_num(0.0).sum(-1))
+        return Baseline(
+            logits_MV,
+            p,
+            logits_MV.argmax(-1),
+            target_M,
+            loss.masked_fill(~has, float("nan")),
+            -(p * log_p).nan_to_num(0.0).sum(-1),
+        )
+
+    @staticmethod
+    def joined(parts: Sequence[Baseline]) -> Baseline:
+        """The audited tokens of several baselines, one after another."""
+        return Baseline(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Baseline)))
 
 
 @dataclass(slots=True)
@@ -54,10 +67,20 @@ class Outcomes:
         flips = torch.empty(rows, dtype=torch.bool, device=device)
         return Outcomes(floats[0], floats[1], floats[2], floats[3], flips, floats[4])
 
+    @staticmethod
+    def joined(parts: Sequence[Outcomes], empty: Outcomes) -> Outcomes:
+        """The rows of several, one after another; ``empty`` where there is none."""
+        return (
+            Outcomes(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Outcomes)))
+            if parts
+            else empty
+        )
+
     def put(self, index_R: Tensor, part: Outcomes) -> None:
         """Store ``part`` at the rows ``index_R``."""
-        for name in ("delta_loss", "kl", "js", "tv", "top1_flip", "delta_logit"):
-            getattr(self, name)[index_R] = getattr(part, name)
+        for f in fields(self):
+            values = getattr(self, f.name)
+            values[index_R] = getattr(part, f.name).to(values.dtype)
 
 
 def outcomes(change_RV: Tensor, baseline: Baseline, row_R: Tensor) -> Outcomes:
@@ -88,7 +111,9 @@ def outcomes(change_RV: Tensor, baseline: Baseline, row_R: Tensor) -> Outcomes:
     shared_R = _dot(p_RV, log_mixture_RV)
     js_R = 0.5 * (_dot(d_RV, v_RV.sub_(log_mixture_RV)) - kl_R - 2.0 * shared_R)
     delta_loss_R = kl_R - (delta_logit_R - mean_R)
-    result = Outcomes(delta_loss_R, kl_R, js_R.clamp_(0.0, 0.6931471805599453), tv_R.clamp_(0.0, 1.0), flip_R, delta_logit_R)
+    result = Outcomes(
+        delta_loss_R, kl_R, js_R.clamp_(0.0, 0.6931471805599453), tv_R.clamp_(0.0, 1.0), flip_R, delta_logit_R
+    )
     return result
 
 

@@ -10,18 +10,19 @@
 ``quarantine.jsonl``  tasks given up, with the error's text; ``progress.jsonl``: one line every few seconds
 ==================  ==========================================================================================
 
-A folder or file no manifest names is a commit that never happened; a reader does not see it and the next run deletes it.
+What no manifest names is a commit that never happened: a reader does not see it, the next run deletes it.
 The place may be a local path or any fsspec URL (``s3://...``).
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import posixpath
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -85,7 +86,9 @@ class RunFolder:
         if not self._fs.isdir(self._root):
             raise RunFolderError(f"--out: {self.url} is a file; name a new folder, or one that holds a run")
         if any(posixpath.basename(p) != "lock" for p in self._fs.ls(self._root, detail=False)):
-            raise RunFolderError(f"--out: {self.url} holds files but no run.json; name a new or empty folder, or one that holds a run")
+            raise RunFolderError(
+                f"--out: {self.url} holds files but no run.json; name a new or empty folder, or one that holds a run"
+            )
 
     def require_run(self) -> dict[str, Any]:
         """The content of run.json; raises RunFolderError where there is none."""
@@ -105,15 +108,14 @@ class RunFolder:
         if not self.is_local:
             yield
             return
-        import fcntl
-
         self._fs.makedirs(self._root, exist_ok=True)
         with open(self.path("lock"), "a+") as handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 handle.seek(0)
-                raise RunFolderError(f"--out: {self.url} is in use by process {handle.read().strip()}; wait for it or end it") from None
+                owner = handle.read().strip()
+                raise RunFolderError(f"--out: {self.url} is in use by process {owner}; wait for it or end it") from None
             handle.truncate(0)
             handle.write(str(os.getpid()))
             handle.flush()
@@ -121,12 +123,13 @@ class RunFolder:
 
     def delete_orphans(self) -> int:
         """Delete what no manifest names; returns how many commits that never happened were found."""
-        named = {"/".join(path.split("/")[:2]) for manifest in self.manifests() for paths in manifest.files.values() for path in paths}
-        orphans = [f"{kind}/{name}" for kind in COMMITTED for name in self._names(kind) if f"{kind}/{name}" not in named]
-        orphans += [f"manifests/{name}" for name in self._names("manifests") if not name.endswith(".json")]
+        paths = [path for manifest in self.manifests() for listed in manifest.files.values() for path in listed]
+        named = {"/".join(path.split("/")[:2]) for path in paths}
+        orphans = [name for kind in COMMITTED for name in self._list(kind) if name not in named]
+        orphans += [name for name in self._list("manifests") if not name.endswith(".json")]
         for orphan in orphans:
             self._fs.rm(self.path(orphan), recursive=True)
-        return len({name.split("/")[1] for name in orphans})
+        return len({posixpath.basename(name) for name in orphans})
 
     # Commits ---------------------------------------------------------------------------------------------------------
 
@@ -136,13 +139,14 @@ class RunFolder:
 
     def manifests(self) -> list[Manifest]:
         """Every commit, in the order of their names; raises RunFolderError where two name the same task."""
-        names = sorted(name for name in self._names("manifests") if name.endswith(".json"))
-        manifests = [Manifest(**json.loads(self._fs.cat_file(self.path("manifests", name)))) for name in names]
+        names = [name for name in self._list("manifests") if name.endswith(".json")]
+        manifests = [Manifest(**json.loads(self._fs.cat_file(self.path(name)))) for name in names]
         seen: dict[str, str] = {}
         for manifest in manifests:
             for task in manifest.tasks:
                 if task in seen:
-                    raise RunFolderError(f"{self.url}: task {task} is in the commits {seen[task]} and {manifest.commit}; two runs wrote here at once")
+                    both = f"{seen[task]} and {manifest.commit}"
+                    raise RunFolderError(f"{self.url}: {task} is in the commits {both}; two runs wrote here at once")
                 seen[task] = manifest.commit
         return manifests
 
@@ -156,17 +160,18 @@ class RunFolder:
 
     def list_files(self, folder: str) -> list[str]:
         """The files directly inside one folder, committed or not, relative to the run folder."""
-        return [f"{folder}/{name}" for name in self._names(folder)]
+        return self._list(folder)
 
     def dataset(self, name: TableName) -> pa.dataset.Dataset:
         """The committed rows of a table: ``.to_table()``, ``.to_table(filter=...)``, ``.head(5)``."""
-        return pa.dataset.dataset(self.files(name), schema=SCHEMAS[name], filesystem=self.arrow_filesystem(), format="parquet")
+        filesystem = self.arrow_filesystem()
+        return pa.dataset.dataset(self.files(name), SCHEMAS[name], format="parquet", filesystem=filesystem)
 
     # Small files -----------------------------------------------------------------------------------------------------
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one line to a JSON-lines file."""
-        line = json.dumps(record, default=str) + "\n"
+        line = "\n" + json.dumps(record, default=str) + "\n"  # begins afresh even where a crash cut a line off
         if self.is_local:
             with open(self.path(name), "a", encoding="utf-8") as handle:
                 handle.write(line)
@@ -178,8 +183,11 @@ class RunFolder:
         """The records of a JSON-lines file; a line cut off by a crash is left out."""
         if not self._fs.exists(self.path(name)):
             return []
-        whole, _, _ = self._fs.cat_file(self.path(name)).decode("utf-8").rpartition("\n")
-        return [json.loads(line) for line in whole.splitlines()]
+        records: list[dict[str, Any]] = []
+        for line in filter(None, self._fs.cat_file(self.path(name)).decode("utf-8").splitlines()):
+            with suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+        return records
 
     def write_table(self, name: str, table: pa.Table) -> None:
         """Write ``results/<name>.parquet``, replacing it in one step."""
@@ -189,15 +197,18 @@ class RunFolder:
 
     def read_table(self, name: str) -> pa.Table:
         """``results/<name>.parquet``; raises FileNotFoundError where the run has not got there."""
-        if not self._fs.exists(self.path("results", f"{name}.parquet")):
-            raise FileNotFoundError(f"{self.url}: results/{name}.parquet is not there yet; run the same command again to finish the run")
-        return pa.parquet.read_table(pa.BufferReader(self._fs.cat_file(self.path("results", f"{name}.parquet"))))
+        path = self.path("results", f"{name}.parquet")
+        if not self._fs.exists(path):
+            raise FileNotFoundError(f"{path} is not there yet; run the same command again to finish the run")
+        return pa.parquet.read_table(pa.BufferReader(self._fs.cat_file(path)))
 
-    def _names(self, folder: str) -> list[str]:
+    def _list(self, folder: str) -> list[str]:
+        self._fs.invalidate_cache(self.path(folder))
         if not self._fs.isdir(self.path(folder)):
             return []
-        self._fs.invalidate_cache(self.path(folder))
-        return sorted(posixpath.basename(p.rstrip("/")) for p in self._fs.ls(self.path(folder), detail=False))
+        return sorted(
+            f"{folder}/{posixpath.basename(p.rstrip('/'))}" for p in self._fs.ls(self.path(folder), detail=False)
+        )
 
     def _write(self, name: str, content: str | bytes) -> None:
         """All or nothing: object stores put in one step; a local file is renamed into place."""
@@ -216,7 +227,7 @@ class RunFolder:
 
 
 def difference(old: Any, new: Any, field_name: str = "") -> tuple[str, Any, Any] | None:
-    """The first field, by dotted name, in which two nested mappings differ: (field, old, new). None where they agree."""
+    """The first field, by dotted name, in which two nested mappings differ: (field, old, new); None if they agree."""
     if isinstance(old, Mapping) and isinstance(new, Mapping):
         for key in sorted({*old, *new}):
             found = difference(old.get(key), new.get(key), f"{field_name}.{key}" if field_name else str(key))

@@ -1,4 +1,4 @@
-"""The committer: tables of many tasks become a few Parquet files, then one manifest, and only then are the tasks done."""
+"""The committer: tables of many tasks become a few Parquet files, then a manifest; only then are the tasks done."""
 
 from __future__ import annotations
 
@@ -53,12 +53,14 @@ class FolderCommitter:
             self.write_tables([result.tables[table] for result in holders], self.folder, target)
         except UnwrittenError as error:
             if error.lost:
-                raise ResultsLostError([result.task for result in holders if result.tables[table] in error.lost]) from error
+                lost = [result.task for result in holders if result.tables[table] in error.lost]
+                raise ResultsLostError(lost) from error
             raise RunError(f"{self.folder.path(target)} could not be written: {error}") from error
         paths = self.folder.list_files(target)
         filesystem = self.folder.arrow_filesystem()
         written = sum(pq.read_metadata(self.folder.path(path), filesystem=filesystem).num_rows for path in paths)
         expected = sum(int(result.receipt["rows"][table]) for result in holders)
         if written != expected:
-            raise RunError(f"{self.folder.path(target)} holds {written} rows, the receipts say {expected}; nothing was committed")
+            place = self.folder.path(target)
+            raise RunError(f"{place} holds {written} rows, the receipts say {expected}; nothing was committed")
         return paths

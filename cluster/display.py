@@ -33,10 +33,14 @@ class Status:
         return asdict(self)
 
     def line(self) -> str:
+        return f"{self.stage}: {self.tasks_done}/{self.tasks} tasks ({self.share:.0%}){self.figures()}"
+
+    def figures(self) -> str:
+        """Rate, time left and tasks given up, as far as there are any."""
         rate = "" if self.rows_per_second is None else f", {self.rows_per_second:,.0f} rows/s"
         left = "" if self.seconds_left is None else f", {duration(self.seconds_left)} left"
         quarantined = f", {self.quarantined} quarantined" if self.quarantined else ""
-        return f"{self.stage}: {self.tasks_done}/{self.tasks} tasks ({self.share:.0%}){rate}{left}{quarantined}"
+        return f"{rate}{left}{quarantined}"
 
 
 class Display(Protocol):
@@ -101,15 +105,21 @@ class BarDisplay:
 
     def __init__(self, stream: TextIO) -> None:
         self._progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), _Figures(), console=Console(file=stream),
-            transient=True, redirect_stdout=False, redirect_stderr=False,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            _Figures(),
+            console=Console(file=stream),
+            transient=True,
+            redirect_stdout=False,
+            redirect_stderr=False,
         )
         self._progress.start()
         self._bar = self._progress.add_task("starting", total=1.0, figures="")
 
     def show(self, status: Status) -> None:
-        figures = status.line().partition("tasks (")[2].partition(")")[2].lstrip(", ")
-        self._progress.update(self._bar, description=status.stage, completed=status.share, figures=f"{status.tasks_done}/{status.tasks} tasks  {figures}")
+        figures = f"{status.tasks_done}/{status.tasks} tasks{status.figures()}"
+        self._progress.update(self._bar, description=status.stage, completed=status.share, figures=figures)
 
     def say(self, text: str) -> None:
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)

@@ -3,7 +3,7 @@
 All recovery is decided here, in one loop that reads like a program on one machine:
 
 - a task that raises is tried again, then quarantined with the error's text;
-- a lost replica is replaced; the task it was running is blamed (see ``cluster.ledger``), a replica that was not ready blames nobody;
+- a lost replica is replaced; the task it was running is blamed (see ``cluster.ledger``), one not ready blames nobody;
 - no answer within ``hang_seconds`` is a loss;
 - too many losses in a row with nothing finished in between end the run, because then it is not the tasks.
 """
@@ -31,7 +31,7 @@ class RunError(Exception):
     """The run cannot go on; what is committed stays. The message says why, in one sentence."""
 
 
-class Stopped(Exception):  # noqa: N818 -- not an error
+class Stopped(Exception):
     """Somebody asked the run to stop, and what was finished is committed."""
 
 
@@ -89,10 +89,18 @@ class Driver:
     """Runs stages of tasks on one fleet; its replicas, once loaded, serve every stage."""
 
     def __init__(
-        self, fleet: Fleet, committer: Committer, folder: RunFolder, policy: Policy, display: Display, *,
-        clock: Callable[[], float] = time.monotonic, stop: Callable[[], bool] = lambda: False,
+        self,
+        fleet: Fleet,
+        committer: Committer,
+        folder: RunFolder,
+        policy: Policy,
+        display: Display,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
-        self._fleet, self._committer, self._folder, self._policy, self._display = fleet, committer, folder, policy, display
+        self._fleet, self._committer, self._folder = fleet, committer, folder
+        self._policy, self._display = policy, display
         self._clock, self._stop = clock, stop
         self._seats = [_Seat(number) for number in range(fleet.size)]
         self._losses_in_a_row = 0
@@ -193,14 +201,17 @@ class Driver:
     def _fail(self, ledger: Ledger, task: Task, error: str, *, replica_lost: bool) -> None:
         if ledger.fail(task.id, error, replica_lost=replica_lost):
             self._losses_in_a_row = 0  # it was the task
-            self._folder.append("quarantine.jsonl", {"task": task.id, "time": time.time(), "attempts": self._policy.max_attempts, "error": error})
-            self._display.say(f"{task.id} is quarantined after {self._policy.max_attempts} attempts: {last_line(error)}")
+            attempts = self._policy.max_attempts
+            record = {"task": task.id, "time": time.time(), "attempts": attempts, "error": error}
+            self._folder.append("quarantine.jsonl", record)
+            self._display.say(f"{task.id} is quarantined after {attempts} attempts: {last_line(error)}")
 
     def _count_loss(self, reason: str) -> None:
         self._losses_in_a_row += 1
         self._display.say(f"a replica was lost: {reason.strip().splitlines()[0]}")
         if self._losses_in_a_row > 2 * len(self._seats) * self._policy.max_attempts:
-            raise RunError(f"{self._losses_in_a_row} replicas were lost in a row with no task finished in between; the last: {reason}")
+            lost = f"{self._losses_in_a_row} replicas were lost in a row with no task finished in between"
+            raise RunError(f"{lost}; the last: {reason}")
 
     @staticmethod
     def _empty(seat: _Seat) -> None:

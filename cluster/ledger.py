@@ -11,8 +11,9 @@ from cluster.tasks import Task
 class Ledger:
     """Book-keeping of one stage; knows nothing of replicas or storage.
 
-    A task is retried after an error. One that was running when its replica was lost is blamed: the first time it may be bad luck, from the second
-    on it is a *suspect* and runs after all others and alone, so that it can take nobody with it. After ``max_attempts`` it is quarantined.
+    A task is retried after an error. One that was running when its replica was lost is blamed: the first time it may be
+    bad luck, from the second on it is a *suspect* and runs after all others and alone, so that it takes nobody with
+    it. After ``max_attempts`` attempts it is quarantined.
     """
 
     def __init__(self, tasks: Sequence[Task], done: Collection[str], max_attempts: int) -> None:
@@ -20,7 +21,7 @@ class Ledger:
         assert len(self.tasks) == len(tasks), "task ids repeat"
         self._max_attempts = max_attempts
         self._committed = {id_ for id_ in self.tasks if id_ in done}
-        # The longest first: what is left for the end is short, so that no replica idles long. The id makes the order total.
+        # The longest first, so that no replica idles long at the end; ids make the order total.
         longest_first = sorted((t for t in tasks if t.id not in done), key=lambda t: (-t.flops, t.id))
         self._waiting = deque(task.id for task in longest_first)
         self._suspects: deque[str] = deque()

@@ -26,7 +26,7 @@ _RECYCLE = ("OutOfMemoryError", "AcceleratorError", "MemoryError")
 
 
 class _Actor:
-    """Holds one worker. Everything that can go wrong on the way to one happens in the first ping, where an error is an answer."""
+    """Holds one worker. What can go wrong on the way to it does so in the first ping: there an error is an answer."""
 
     def __init__(self, make_worker: bytes) -> None:
         self._make_worker = make_worker
@@ -104,7 +104,10 @@ def write_tables(refs: Sequence[Handle], folder: RunFolder, target: str) -> None
     """Write tables that lie in the object store, through a Ray Dataset; raises UnwrittenError."""
     try:
         ray.data.from_arrow_refs(list(refs)).write_parquet(
-            folder.path(target), filesystem=folder.arrow_filesystem(), min_rows_per_file=ROWS_PER_FILE, compression="zstd"
+            folder.path(target),
+            filesystem=folder.arrow_filesystem(),
+            min_rows_per_file=ROWS_PER_FILE,
+            compression="zstd",
         )
     except (ray.exceptions.RayError, OSError) as error:
         raise UnwrittenError(_first_line(error), [ref for ref in refs if _is_lost(ref)]) from error
@@ -120,5 +123,7 @@ def _is_lost(ref: Handle) -> bool:
 
 def _first_line(error: Exception) -> str:
     lines = _ANSI.sub("", str(error)).strip().splitlines()
-    detail = next((line.partition("Worker exit detail:")[2].strip() for line in lines if "Worker exit detail:" in line), "")
+    detail = next(
+        (line.partition("Worker exit detail:")[2].strip() for line in lines if "Worker exit detail:" in line), ""
+    )
     return f"{type(error).__name__}: {lines[0] if lines else ''} {detail}".strip()

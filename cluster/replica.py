@@ -35,7 +35,8 @@ class ReplicaUnreachableError(Exception):
 class Result:
     """The answer to a task: a small receipt, and tables that stay where they are until they are committed.
 
-    ``receipt``: "rows" {table: rows}, "folder" (observations, relative to the run folder, or absent), "seconds", and what the engine reports.
+    ``receipt``: "rows" {table: rows}, "bytes", "folder" (of observations, relative to the run folder; or absent), and
+    what the engine reports.
     """
 
     task: str

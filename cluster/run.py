@@ -6,17 +6,21 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 from audit.runfolder import RunFolder, RunFolderError, difference
+from cluster import reducer
+from cluster.committer import FolderCommitter
 from cluster.display import Display
 from cluster.driver import Driver, Policy, Stopped
+from cluster.ray_fleet import RayFleet, write_tables
+from cluster.session import ray_session, stop_signals
 from cluster.tasks import Task
 from cluster.worker import Worker
 
-# What may differ between two commands on one folder, because it decides how the work is done and not one bit of what comes out.
+# May differ between two commands on one folder: they decide how the work is done and not one bit of what comes out.
 FREE = (("name",), ("cluster", "replicas"), ("cluster", "max_attempts"), ("cluster", "hang_minutes"))
 
 
@@ -24,8 +28,8 @@ FREE = (("name",), ("cluster", "replicas"), ("cluster", "max_attempts"), ("clust
 class Job:
     """A run that was thought through and not begun.
 
-    ``stages``: (name, tasks) in order; a task's ``inputs`` are ids of earlier tasks. ``identity``: everything that decides the results' bits, which
-    a folder is bound to. ``information``: what else run.json tells.
+    ``stages``: (name, tasks) in order; a task's ``inputs`` are ids of earlier tasks. ``identity``: everything that
+    decides the results' bits, which a folder is bound to. ``information``: what else run.json tells.
     """
 
     stages: Sequence[tuple[str, Sequence[Task]]]
@@ -35,7 +39,7 @@ class Job:
     replicas: int
     cpus_per_replica: int = 1
     gpus_per_replica: float = 0
-    policy: Policy = Policy()
+    policy: Policy = field(default_factory=Policy)
 
     @property
     def digest(self) -> str:
@@ -44,7 +48,7 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How a run ended. ``signal``: the one that stopped it, or 0. ``blocked``: tasks not run because one they need was quarantined."""
+    """How a run ended. ``blocked``: tasks whose inputs were quarantined. ``signal``: the one that stopped it, or 0."""
 
     quarantined: Mapping[str, str]
     blocked: Sequence[str]
@@ -57,31 +61,34 @@ class Outcome:
 
 def identity_of(specification: Mapping[str, Any]) -> dict[str, Any]:
     """The specification without what may differ between two commands on one folder."""
-    kept = json.loads(json.dumps(specification, default=str))
+    kept: dict[str, Any] = json.loads(json.dumps(specification))
     for *sections, name in FREE:
         section = kept
         for key in sections:
             section = section[key]
-        section.pop(name, None)
-    return dict(kept)
+        del section[name]
+    return kept
 
 
 def refuse_other(folder: RunFolder, identity: Mapping[str, Any]) -> None:
-    """Raise RunFolderError, naming the field, where the folder holds a run of another identity (compared in the fields given)."""
+    """Raise RunFolderError, naming the field, where the folder's run differs in one of the given parts of identity."""
     if not folder.holds_run():
         return
     old = folder.require_run()["identity"]
     new = json.loads(json.dumps(identity, default=str))
-    for part in new:  # the specification comes first: a person changed that, the rest follows from it
+    for part in new:  # in the order given: what a person wrote comes before what follows from it
         found = difference(old.get(part), new[part], part)
         if found:
             name, before, now = found
-            name = name.removeprefix("specification.")
-            raise RunFolderError(f"{name}: {folder.url} was begun with {before!r}, now it is {now!r}; name another --out, or set it back")
+            begun = f"{folder.url} was begun with {before!r}, now it is {now!r}"
+            raise RunFolderError(f"{name.removeprefix('specification.')}: {begun}; name another --out, or set it back")
 
 
 def execute(job: Job, folder: RunFolder, display: Display) -> Outcome:
-    """Bring the job to its end in ``folder``; raises RunFolderError before anything is written, RunError when it cannot go on."""
+    """Bring the job to its end in ``folder``.
+
+    Raises RunFolderError, before anything is written, where the folder is another run's; RunError when it cannot go on.
+    """
     folder.require_usable()
     refuse_other(folder, job.identity)
     with folder.lock():
@@ -89,50 +96,39 @@ def execute(job: Job, folder: RunFolder, display: Display) -> Outcome:
             folder.begin({"identity": job.identity, "run": job.digest, "created": time.time(), **job.information})
         if orphans := folder.delete_orphans():
             display.say(f"deleted {orphans} commits that an earlier run had begun and not finished")
-        return _execute(job, folder, display)
+        if _is_done(job, folder):
+            return Outcome({}, ())
+        with ray_session(job.replicas * job.cpus_per_replica), stop_signals() as stop:
+            fleet = RayFleet(
+                job.replicas, partial(job.make_worker, folder.url), cpus=job.cpus_per_replica, gpus=job.gpus_per_replica
+            )
+            committer = FolderCommitter(folder, job.digest, write_tables)
+            driver = Driver(fleet, committer, folder, job.policy, display, stop=stop)
+            try:
+                outcome = _run_stages(job, folder, driver)
+            except Stopped:
+                return Outcome({}, (), stop.signal)
+            finally:
+                driver.close()
+            if not reducer.is_reduced(folder):
+                display.say("reducing the effects to tables")
+                reducer.reduce(folder)
+            return outcome
 
 
-def _execute(job: Job, folder: RunFolder, display: Display) -> Outcome:
-    receipts = dict(folder.done())
-    if all(task.id in receipts for _, tasks in job.stages for task in tasks) and not _needs_reduction(folder):
-        return Outcome({}, ())
+def _is_done(job: Job, folder: RunFolder) -> bool:
+    done = folder.done()
+    return all(task.id in done for _, tasks in job.stages for task in tasks) and reducer.is_reduced(folder)
 
-    from cluster import reducer
-    from cluster.committer import FolderCommitter
-    from cluster.ray_fleet import RayFleet, write_tables
-    from cluster.session import ray_session, stop_signals
 
+def _run_stages(job: Job, folder: RunFolder, driver: Driver) -> Outcome:
     quarantined: dict[str, str] = {}
     blocked: list[str] = []
-    with ray_session(job.replicas, job.cpus_per_replica), stop_signals() as stop:
-        fleet = RayFleet(job.replicas, partial(job.make_worker, folder.url), cpus=job.cpus_per_replica, gpus=job.gpus_per_replica)
-        committer = FolderCommitter(folder, job.digest, write_tables)
-        driver = Driver(fleet, committer, folder, job.policy, display, stop=stop)
-        try:
-            for stage, tasks in job.stages:
-                ready = [_resolved(task, receipts) for task in tasks if all(id_ in receipts for id_ in task.inputs)]
-                blocked += [task.id for task in tasks if any(id_ not in receipts for id_ in task.inputs)]
-                if any(task.id not in receipts for task in ready):
-                    quarantined |= driver.run(stage, ready, set(receipts)).quarantined
-                    receipts = dict(folder.done())
-        except Stopped:
-            return Outcome(quarantined, blocked, stop.signal)
-        finally:
-            driver.close()
-        if folder.files("effects") and not reducer.is_reduced(folder):
-            display.say("reducing the effects to tables")
-            reducer.reduce(folder)
-        return Outcome(quarantined, blocked)
-
-
-def _needs_reduction(folder: RunFolder) -> bool:
-    if not folder.files("effects"):
-        return False
-    from cluster import reducer
-
-    return not reducer.is_reduced(folder)
-
-
-def _resolved(task: Task, receipts: Mapping[str, Mapping[str, Any]]) -> Task:
-    """The task with the folders its inputs were saved in."""
-    return replace(task, inputs=tuple(str(receipts[id_]["folder"]) for id_ in task.inputs))
+    for stage, tasks in job.stages:
+        receipts = folder.done()
+        ready = [task for task in tasks if all(id_ in receipts for id_ in task.inputs)]
+        blocked += [task.id for task in tasks if task not in ready]
+        if any(task.id not in receipts for task in ready):
+            resolved = [replace(t, inputs=tuple(str(receipts[id_]["folder"]) for id_ in t.inputs)) for t in ready]
+            quarantined |= driver.run(stage, resolved, set(receipts)).quarantined
+    return Outcome(quarantined, blocked)

@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass
 from types import FrameType
+from typing import Any
+
+import ray
+import ray.data
 
 
 def cores() -> int:
@@ -21,51 +25,61 @@ def cores() -> int:
 
 
 @contextmanager
-def ray_session(replicas: int, cpus_per_replica: int) -> Iterator[None]:
-    """Within the block Ray is connected; a connection this process already has is used as it is.
+def ray_session(cpus: int) -> Iterator[None]:
+    """Within the block Ray is connected, for replicas that take ``cpus`` cores together.
 
-    Otherwise RAY_ADDRESS names the cluster to join, and without it one of our own is started, which writes nothing to the home directory, leaves
-    nothing behind and declares one logical CPU more than the replicas take: Ray Data needs a free one to write results, and waits for ever otherwise.
+    A connection this process already has is used as it is. Otherwise RAY_ADDRESS names the cluster to join, and without
+    it one of our own is started, which writes nothing to the home directory, leaves nothing behind and declares one
+    logical CPU more than cores: Ray Data needs a free one to write results, and waits for ever where there is none.
     """
-    joins = bool(os.environ.get("RAY_ADDRESS"))
-    if not joins:
-        _use_own_token()
     with _quiet():
-        import ray
-        import ray.data
-
         if ray.is_initialized():
             yield
-            return
-        # AF_UNIX paths end at 107 bytes; pytest's and users' own temporary folders may be too deep for Ray's sockets.
-        scratch = None if joins else tempfile.mkdtemp(prefix="r", dir="/tmp" if os.path.isdir("/tmp") else None)
-        local = {} if joins else {"num_cpus": max(cores(), replicas * cpus_per_replica) + 1, "include_dashboard": False, "_temp_dir": scratch}
-        logging.getLogger("ray").setLevel(logging.ERROR)
-        try:
-            ray.init(address=None if joins else "local", logging_level=logging.ERROR, log_to_driver=False, **local)
-            context = ray.data.DataContext.get_current()
-            context.enable_progress_bars = False
-            context.print_on_execution_start = False
-            logging.getLogger("ray.data").setLevel(logging.ERROR)
-            yield
-        finally:
-            ray.shutdown()
-            if scratch is not None:
+        elif os.environ.get("RAY_ADDRESS"):
+            with _connected():
+                yield
+        else:
+            # AF_UNIX paths end at 107 bytes: Ray's sockets need a shorter folder than TMPDIR may be.
+            scratch = tempfile.mkdtemp(prefix="r", dir="/tmp")
+            _use_own_token()
+            try:
+                with _connected(
+                    address="local", num_cpus=max(cores(), cpus) + 1, include_dashboard=False, _temp_dir=scratch
+                ):
+                    yield
+            finally:
                 shutil.rmtree(scratch, ignore_errors=True)
 
 
-def _use_own_token() -> None:
-    """Ray's local clusters ask for a token by default; this one lives in the environment of this process and those it starts.
+@contextmanager
+def _connected(**options: Any) -> Iterator[None]:
+    for name in ("ray", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    try:
+        yield
+    finally:
+        ray.shutdown()
 
-    Without it Ray writes one to the home directory. It is kept for the life of the process, because Ray reads it once.
+
+def _use_own_token() -> None:
+    """Ray's local clusters ask for a token; this one lives in the environment of this process and those it starts.
+
+    Without it Ray writes one to the home directory. It stays for the life of the process, because Ray reads it once.
     """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Ray prints a paragraph for every process that ends early; the driver says the same in one line. Displays keep the stream they were made with."""
-    with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere):
+    """Ray prints a paragraph for every process that ends early, where the driver says one line.
+
+    Displays are not silenced: they keep the stream they were made with.
+    """
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         yield
 
 

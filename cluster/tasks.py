@@ -22,8 +22,9 @@ Kind = Literal["observe", "merge", "measure"]
 class Task:
     """What a replica needs to know, so that it is a message to it: nothing is looked up.
 
-    observe: run ``sequences`` unchanged, keep sums, means and reservoirs. merge: those of ``inputs`` (folders of observations, in
-    this order) into one. measure: effects at ``positions`` of ``sequences``, drawing on the calibration in ``inputs``.
+    observe: run ``sequences`` unchanged, keep sums, means and reservoirs. merge: those of ``inputs`` (ids of tasks; for
+    the replica, the folders they wrote) into one, in this order. measure: effects at ``positions`` of ``sequences``,
+    drawing on the calibration in ``inputs``, if any.
     """
 
     id: str
@@ -42,7 +43,14 @@ def digest(tasks: Sequence[Task]) -> str:
     """Hash of everything that decides which rows these tasks write and how they are cut."""
     state = hashlib.sha256()
     for task in tasks:
-        facts = [task.id, task.kind, task.layers, [asdict(i) for i in task.interventions], task.tokens, [s.index for s in task.sequences]]
+        facts = [
+            task.id,
+            task.kind,
+            task.layers,
+            [asdict(i) for i in task.interventions],
+            task.tokens,
+            [s.index for s in task.sequences],
+        ]
         state.update(json.dumps(facts, sort_keys=True).encode())
         for sequence in task.sequences:
             state.update(np.ascontiguousarray(sequence.token_ids, np.int64).tobytes())

@@ -16,9 +16,9 @@ from cluster.tasks import Task
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """``tables``: effects and tokens (measure). ``receipt``: what the manifest remembers of how the task was run, JSON only.
+    """``tables``: effects and tokens (measure). ``receipt``: what the manifest is to remember, JSON only.
 
-    Of observe and merge: "folder", where the observations were saved, relative to the run folder.
+    Of observe and merge the receipt names "folder", where the observations were saved, relative to the run folder.
     """
 
     receipt: Mapping[str, Any]

@@ -58,7 +58,7 @@ def find_files(path: str, folder: Path, field: str, suffixes: Sequence[str] | No
         raise ConfigError(f"{field}: {path!r} does not exist (looked for {url!r}); name a file, a folder or a pattern")
     names = {file: str(PurePosixPath(file).relative_to(base)) for file in sorted(candidates)}
     visible = {f: n for f, n in names.items() if not any(part.startswith(".") for part in PurePosixPath(n).parts[1:])}
-    wanted = {f: n for f, n in visible.items() if suffixes is None or any(suffix in n.lower() for suffix in suffixes)}
+    wanted = {f: n for f, n in visible.items() if suffixes is None or n.lower().endswith(tuple(suffixes))}
     if not wanted:
         ending = f" named {' or '.join(suffixes)}" if suffixes else ""
         raise ConfigError(f"{field}: {path!r} gives no text: the {kind}{ending}; name a file, a folder or a pattern")

@@ -112,6 +112,7 @@ _SAID = {
     "read": "{} documents read",
     "too_short": "{} too short and left out",
     "demo_overlapping": "{} left out because the demo model was trained on part of them",
+    "demo_shortened": "{} are the beginning of a longer demo text",
     "hidden_files": "{} hidden files left out",
     "other_files": "{} files of other kinds left out",
     "no_token": "{} left out for having no token of text",
@@ -150,9 +151,8 @@ def build_corpus(config: CorpusConfig, tokenizer: Any, context_limit: int | None
         digest = hashlib.sha256(document.text.encode("utf-8", "surrogatepass")).hexdigest()
         documents.append(DocumentInfo(document.name, document.domain, digest))
     if not documents:
-        raise ConfigError(
-            f"corpus.sources: none of the {counts['read']} documents has two tokens of text; use sources with longer texts"
-        )
+        read = counts["read"]
+        raise ConfigError(f"corpus.sources: none of the {read} documents has two tokens of text; use longer texts")
     return Corpus(documents, sequences, _digest(config, documents, sequences), dict(counts))
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,9 +21,10 @@ from audit.config import (
     TextSource,
 )
 from audit.corpus.files import Found, SourceFile, find_files
+from audit.demo.text import held_out
 from audit.documents import Document
 
-_JSONL = (".jsonl", ".ndjson")
+_JSONL = (".jsonl", ".jsonl.gz", ".ndjson")
 _COLUMNAR = (".parquet", ".arrow", ".feather")
 
 AnySource = DemoSource | TextSource | JsonlSource | ParquetSource | DatasetsSource
@@ -82,13 +82,12 @@ def _stream(source: AnySource, field: str, folder: Path, counts: Counter[str]) -
 
 
 def _demo(source: DemoSource, field: str, counts: Counter[str]) -> Iterator[Document]:
-    from audit.demo.text import held_out  # reads the whole standard library: only for those who want it
-
     try:
         held = held_out(source.domains, source.documents_per_domain, source.seed)
     except ValueError as error:
         raise ConfigError(f"{field}.{error}") from error
     counts["demo_overlapping"] += sum(held.dropped.values())
+    counts["demo_shortened"] += sum(held.shortened.values())
     yield from held.documents
 
 
@@ -158,7 +157,7 @@ def _batches(stream: Any, source: ParquetSource, field: str) -> Iterator[Any]:
 
 
 def _datasets(source: DatasetsSource, field: str, folder: Path) -> Iterator[Document]:
-    import datasets  # seconds to import: only for those who want it
+    import datasets  # noqa: PLC0415  seconds to import, for one kind of source
 
     local = folder.absolute() / source.name
     shown = datasets.are_progress_bars_disabled()

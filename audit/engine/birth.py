@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from audit.calibration import Calibration
 from audit.engine.worlds import Routed, Worlds, changed_output
 from audit.models.attention import Prefixes
 from audit.models.loading import MoEModel
 from audit.models.router import Strike, correction_biases
 from audit.models.rows import Rows
 from audit.models.seam import first_tensor, map_tensors, replaced, with_first
-from audit.observations import Calibration
 
 
 @dataclass(slots=True)
@@ -53,7 +53,9 @@ def run_clean(model: MoEModel, rows: Rows, clean: CleanLayer, keep: bool) -> Ten
     path = model.experts[layer]
 
     def experts(x_TD: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        outputs, mixture = path.both(x_TD, index_TK, weights_TK) if keep else (x_TD[:, None], path.mixture(x_TD, index_TK, weights_TK))
+        outputs, mixture = (
+            path.both(x_TD, index_TK, weights_TK) if keep else (x_TD[:, None], path.mixture(x_TD, index_TK, weights_TK))
+        )
         clean.routed = Routed(x_TD, index_TK, weights_TK, outputs, mixture)
         return mixture
 
@@ -66,7 +68,15 @@ def run_clean(model: MoEModel, rows: Rows, clean: CleanLayer, keep: bool) -> Ten
         return rows.run(layer, clean.hidden_TD, clean.prefixes.rows(None))
 
 
-def bear(model: MoEModel, rows: Rows, clean: CleanLayer, worlds: Worlds, calibration: Calibration | None, token_T: tuple[Tensor, Tensor], seed: int) -> Born:
+def bear(
+    model: MoEModel,
+    rows: Rows,
+    clean: CleanLayer,
+    worlds: Worlds,
+    calibration: Calibration | None,
+    token_T: tuple[Tensor, Tensor],
+    seed: int,
+) -> Born:
     """Begin ``worlds`` at the layer of ``clean``. ``token_T`` names each clean row: sequence number and position."""
     site, routed, parent = model.sites[clean.layer], clean.routed, worlds.parent_P
     assert routed is not None
@@ -103,7 +113,9 @@ def bear(model: MoEModel, rows: Rows, clean: CleanLayer, worlds: Worlds, calibra
     return Born(hidden, contribution_norm, gap_norm)
 
 
-def _rerouting(model: MoEModel, layer: int, removed_PE: Tensor, mixture_PD: Tensor, gap: list[Tensor]) -> dict[nn.Module, Callable[..., Any]]:
+def _rerouting(
+    model: MoEModel, layer: int, removed_PE: Tensor, mixture_PD: Tensor, gap: list[Tensor]
+) -> dict[nn.Module, Callable[..., Any]]:
     """The router with experts struck, and experts that follow its new choice."""
     site, path = model.sites[layer], model.experts[layer]
     assert site.router is not None
@@ -134,7 +146,9 @@ def _recording(module: nn.Module, replies: dict[nn.Module, Any]) -> Callable[...
 
 def _replaying(reply: Any, parent_P: Tensor) -> Callable[..., Any]:
     # [T, ...] from routers and some shared experts, [1, T, D] from attention and the others.
-    return lambda *args, **kwargs: map_tensors(reply, lambda tensor: tensor.index_select(0 if tensor.dim() == 2 else 1, parent_P))
+    return lambda *args, **kwargs: map_tensors(
+        reply, lambda tensor: tensor.index_select(0 if tensor.dim() == 2 else 1, parent_P)
+    )
 
 
 def _scaled(output: Any, factor: float) -> Any:
@@ -145,7 +159,9 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1])
 
 
-def _comparing(block: nn.Module, replies: dict[nn.Module, Any], parent_P: Tensor, gap: list[Tensor]) -> Callable[..., Any]:
+def _comparing(
+    block: nn.Module, replies: dict[nn.Module, Any], parent_P: Tensor, gap: list[Tensor]
+) -> Callable[..., Any]:
     own, before = block.forward, _rows(first_tensor(replies[block]))
 
     def forward(*args: Any, **kwargs: Any) -> Any:

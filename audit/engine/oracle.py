@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from audit.engine.readout import next_tokens
 from audit.engine.result import Effects, Request, Result
-from audit.engine.worlds import Routed, Worlds, identity_worlds, worlds_of
+from audit.engine.worlds import IDENTITY, Case, Routed, Worlds, identity_worlds, sequence_cases, worlds_of
 from audit.interventions import Intervention
 from audit.models.experts import ModuleExperts
 from audit.models.loading import MoEModel
@@ -41,55 +41,78 @@ class _Oracle:
     def run(self) -> Result:
         request = self.request
         clean = [self._forward(number, {}) for number in range(len(request.sequences))]
-        wide = torch.float64 if clean[0].dtype == torch.float64 else torch.float32
-        rows_M = request.rows_M
-        logits_TV = torch.cat(clean).to(wide)
-        baseline = Baseline.of(logits_TV[rows_M], next_tokens(request.sequences)[rows_M])
+        logits_TV = torch.cat(clean).to(torch.float64 if clean[0].dtype == torch.float64 else torch.float32)
+        baseline = Baseline.of(logits_TV[request.rows_M], next_tokens(request.sequences)[request.rows_M])
         effects: list[Effects] = []
         found: list[Outcomes] = []
-        changed: list[Tensor] = []
         skipped = 0
         for layer in sorted(request.layers):
             routed = self._routed(layer)
-            for intervention in [*request.interventions, None]:
-                for worlds in self._worlds(intervention, routed):
-                    skipped += worlds.skipped
-                    if len(worlds):
-                        effect = Effects.of(layer, worlds, routed)
-                        found.append(self._measure(layer, effect, routed, baseline))
-                        effects.append(effect)
-                        changed.append(torch.zeros(len(worlds), dtype=torch.bool, device=rows_M.device))
-        total = Outcomes.empty(sum(len(e.worlds) for e in effects), torch.float64, rows_M.device)
-        at = 0
-        for part in found:
-            size = len(part.kl)
-            total.put(torch.arange(at, at + size, device=rows_M.device), part)
-            at += size
-        return Result(effects, baseline, total, torch.cat(changed) if changed else rows_M.new_zeros(0, dtype=torch.bool), skipped)
+            for intervention, identity in [*((i, False) for i in request.interventions), (IDENTITY, True)]:
+                for number, case in self._cases(layer, intervention, identity, routed):
+                    effect, outcomes = self._measure(layer, number, case, routed, baseline)
+                    effects.append(effect)
+                    found.append(outcomes)
+                    skipped += case.done.skipped
+        empty = Outcomes.empty(0, torch.float64, request.rows_M.device)
+        outcomes = Outcomes.joined(found, empty)
+        # Nothing is computed in another batch shape here, so an identity world cannot be routed otherwise.
+        return Result(effects, baseline, outcomes, torch.zeros_like(outcomes.top1_flip), skipped)
 
     # ---- which worlds -----------------------------------------------------------------------------------------------
 
-    def _worlds(self, intervention: Intervention | None, routed: Routed) -> list[Worlds]:
-        """Token scope: worlds at audited rows. Sequence scope: for each sequence and target, the rows it is read at."""
-        request, top_k = self.request, routed.index_TK.shape[1]
-        if intervention is None:
-            return [identity_worlds(request.rows_M, top_k, request.identity_every)]
-        return [worlds_of(intervention, request.rows_M, routed.index_TK, routed.weights_TK)]
+    def _cases(self, layer: int, intervention: Intervention, identity: bool, routed: Routed) -> list[tuple[int, Case]]:
+        """Worlds with the number of their sequence: in token scope one per effect, in sequence scope one per target."""
+        request = self.request
+        rows_M = request.rows_M[:: request.identity_every] if identity else request.rows_M
+        missing = request.missing(intervention, layer)
+        cases: list[tuple[int, Case]] = []
+        for number in range(len(request.sequences)):
+            start, end = self.starts[number], self.starts[number + 1]
+            inside = rows_M[(rows_M >= start) & (rows_M < end)]
+            if request.scope == "sequence":
+                whole = sequence_cases(
+                    intervention,
+                    identity,
+                    (start, end),
+                    inside,
+                    routed.index_TK,
+                    routed.weights_TK,
+                    request.all_positions,
+                    missing,
+                )
+                cases.extend((number, case) for case in whole)
+                continue
+            worlds = (
+                identity_worlds(inside, routed.index_TK.shape[1], 1)
+                if identity
+                else worlds_of(intervention, inside, routed.index_TK, routed.weights_TK, missing)
+            )
+            first = torch.zeros(1, dtype=torch.long, device=rows_M.device)
+            parts = [Case(worlds[i : i + 1], first) for i in range(len(worlds))]
+            if parts:
+                parts[0].done.skipped = worlds.skipped
+            cases.extend((number, part) for part in parts)
+        return cases
 
-    def _measure(self, layer: int, effect: Effects, routed: Routed, baseline: Baseline) -> Outcomes:
-        worlds = effect.worlds
-        result = Outcomes.empty(len(worlds), torch.float64, self.request.rows_M.device)
-        for i in range(len(worlds)):
-            row = int(worlds.parent_P[i])
-            number = next(n for n in range(len(self.starts) - 1) if row < self.starts[n + 1])
-            start = self.starts[number]
-            norms: list[Tensor] = []
-            changes = self._changes(layer, worlds[i : i + 1], torch.tensor([row - start], device=worlds.parent_P.device), start, routed, norms)
-            logits = self._forward(number, changes)[row - start]
-            m = torch.searchsorted(self.request.rows_M, worlds.parent_P[i : i + 1])
-            result.put(torch.tensor([i], device=m.device), outcomes_from_logits(logits[None], baseline, m))
-            effect.contribution_norm_P[i], effect.gap_norm_P[i] = norms[0][0], norms[1][0]
-        return result
+    def _measure(
+        self, layer: int, number: int, case: Case, routed: Routed, baseline: Baseline
+    ) -> tuple[Effects, Outcomes]:
+        done, start = case.done, self.starts[number]
+        norms: list[Tensor] = []
+        acted_upon = torch.nonzero(
+            done.members_PK.any(1) | (done.intervention.target.selection == "shared") | done.identity
+        ).flatten()
+        acted = done[acted_upon]
+        logits_TV = self._forward(number, self._changes(layer, acted, acted.parent_P - start, start, routed, norms))
+        effect = Effects.of(layer, done[case.read_N], routed)
+        row_N = effect.worlds.parent_P
+        logits_NV = logits_TV[row_N - start]
+        for own, measured in zip((effect.contribution_norm_P, effect.gap_norm_P), norms, strict=True):
+            everywhere = measured.new_zeros(len(done))
+            everywhere[acted_upon] = measured
+            own.copy_(everywhere[case.read_N])
+        return effect, outcomes_from_logits(logits_NV, baseline, torch.searchsorted(self.request.rows_M, row_N))
 
     # ---- forwards ---------------------------------------------------------------------------------------------------
 
@@ -115,7 +138,9 @@ class _Oracle:
         joined = [torch.cat(column) for column in zip(*parts, strict=True)]
         return Routed(joined[0], joined[1], joined[2], joined[3], joined[4])
 
-    def _changes(self, layer: int, worlds: Worlds, at_N: Tensor, start: int, routed: Routed, norms: list[Tensor]) -> dict[nn.Module, Callable[..., Any]]:
+    def _changes(
+        self, layer: int, worlds: Worlds, at_N: Tensor, start: int, routed: Routed, norms: list[Tensor]
+    ) -> dict[nn.Module, Callable[..., Any]]:
         """Forwards that carry out ``worlds`` at the positions ``at_N`` of the sequence that begins at clean row ``start``.
 
         ``norms`` receives the norm of the contribution acted upon and of the change of the MoE output, [N] each.
@@ -138,11 +163,17 @@ class _Oracle:
             changed_ND = (total_N / left_N)[:, None].to(y_ND.dtype) * (y_ND - removed_ND)
         elif kind == "scale":
             assert worlds.intervention.factor is not None
-            changed_ND = y_ND - removed_ND + worlds.intervention.factor * removed_ND if worlds.intervention.factor != 1.0 else y_ND
+            changed_ND = (
+                y_ND - removed_ND + worlds.intervention.factor * removed_ND
+                if worlds.intervention.factor != 1.0
+                else y_ND
+            )
         elif kind == "zero":
             changed_ND = y_ND - removed_ND
         else:
-            changed_ND = y_ND - removed_ND + self._stored(layer, kind, worlds, row_N, index_NK, weights_NK, members_NK).to(y_ND)
+            changed_ND = (
+                y_ND - removed_ND + self._stored(layer, kind, worlds, row_N, index_NK, weights_NK, members_NK).to(y_ND)
+            )
         norms.append(torch.linalg.vector_norm(changed_ND - y_ND, dim=-1))
 
         def experts(*args: Any, **kwargs: Any) -> Any:
@@ -153,11 +184,20 @@ class _Oracle:
 
         return {site.experts: experts}
 
-    def _stored(self, layer: int, kind: str, worlds: Worlds, row_N: Tensor, index_NK: Tensor, weights_NK: Tensor, members_NK: Tensor) -> Tensor:
+    def _stored(
+        self,
+        layer: int,
+        kind: str,
+        worlds: Worlds,
+        row_N: Tensor,
+        index_NK: Tensor,
+        weights_NK: Tensor,
+        members_NK: Tensor,
+    ) -> Tensor:
         """Weighted calibration outputs that take the place of the experts acted upon [N, D]."""
         calibration, (sequence_T, position_T) = self.request.calibration, self.request.token_T
         assert calibration is not None
-        total = 0.0 * calibration.mean(layer)[index_NK[:, 0]]
+        total = torch.zeros(len(row_N), calibration.mean(layer).shape[1], dtype=torch.float64, device=row_N.device)
         for n in range(len(row_N)):
             for k in torch.nonzero(members_NK[n]).flatten().tolist():
                 expert = index_NK[n, k : k + 1]
@@ -165,11 +205,15 @@ class _Oracle:
                     output = calibration.mean(layer)[expert]
                 else:
                     at = row_N[n : n + 1]
-                    output = calibration.draw(layer, expert, sequence_T[at], position_T[at], worlds.draw_P[n : n + 1], self.request.seed)
+                    output = calibration.draw(
+                        layer, expert, sequence_T[at], position_T[at], worlds.draw_P[n : n + 1], self.request.seed
+                    )
                 total[n] += weights_NK[n, k].to(total.dtype) * output[0].to(total)
         return total
 
-    def _strike(self, layer: int, at_N: Tensor, index_NK: Tensor, members_NK: Tensor, y_ND: Tensor, norms: list[Tensor]) -> dict[nn.Module, Callable[..., Any]]:
+    def _strike(
+        self, layer: int, at_N: Tensor, index_NK: Tensor, members_NK: Tensor, y_ND: Tensor, norms: list[Tensor]
+    ) -> dict[nn.Module, Callable[..., Any]]:
         site = self.model.sites[layer]
         assert site.router is not None
         choose, own = site.router.forward, site.experts.forward
@@ -190,11 +234,13 @@ class _Oracle:
 
         return {site.router: router, site.experts: experts}
 
-    def _scale_shared(self, layer: int, at_N: Tensor, factor: float, norms: list[Tensor]) -> dict[nn.Module, Callable[..., Any]]:
-        site = self.model.sites[layer]
-        assert site.shared is not None
-        own, block = site.shared.forward, site.block.forward
-        inside = any(child is site.shared for child in site.block.modules())
+    def _scale_shared(
+        self, layer: int, at_N: Tensor, factor: float, norms: list[Tensor]
+    ) -> dict[nn.Module, Callable[..., Any]]:
+        site, module = self.model.sites[layer], self.model.sites[layer].shared
+        assert module is not None
+        own, block = module.forward, site.block.forward
+        inside = any(child is module for child in site.block.modules())
 
         def shared(*args: Any, **kwargs: Any) -> Any:
             output = own(*args, **kwargs)
@@ -206,14 +252,14 @@ class _Oracle:
             return with_first(output, rows)
 
         def comparing(*args: Any, **kwargs: Any) -> Any:
-            with replaced({site.shared: own}):
+            with replaced({module: own}):
                 before = first_tensor(block(*args, **kwargs))
             output = block(*args, **kwargs)
             change = (first_tensor(output) - before).view(-1, before.shape[-1])[at_N]
             _both(norms, torch.linalg.vector_norm(change, dim=-1), factor)
             return output
 
-        return {site.shared: shared, **({site.block: comparing} if inside else {})}
+        return {module: shared, site.block: comparing} if inside else {module: shared}
 
 
 def _both(norms: list[Tensor], gap_N: Tensor, factor: float) -> None:

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from audit.calibration import Calibration
 from audit.engine.worlds import Routed, Worlds
-from audit.interventions import Intervention, Scope
-from audit.observations import Calibration
+from audit.interventions import NEEDS_CALIBRATION, Intervention, Scope
 from audit.outcomes import Baseline, Outcomes
 
 
@@ -31,6 +31,13 @@ class Request:
     calibration: Calibration | None
     seed: int
 
+    def missing(self, intervention: Intervention, layer: int) -> list[int]:
+        """Experts of the layer that ``intervention`` cannot act upon because no calibration token was routed to them."""
+        if intervention.kind not in NEEDS_CALIBRATION:
+            return []
+        assert self.calibration is not None
+        return self.calibration.missing(layer)
+
 
 @dataclass(slots=True)
 class Effects:
@@ -48,7 +55,9 @@ class Effects:
         """With room for the norms, which births fill in."""
         weights_PK = routed.weights_TK[worlds.parent_P]
         room = routed.mixture_TD.new_empty(2, len(worlds))
-        return Effects(layer, worlds, routed.index_TK[worlds.parent_P], (weights_PK * worlds.members_PK).sum(1), room[0], room[1])
+        return Effects(
+            layer, worlds, routed.index_TK[worlds.parent_P], (weights_PK * worlds.members_PK).sum(1), room[0], room[1]
+        )
 
 
 @dataclass(slots=True)
@@ -60,4 +69,3 @@ class Result:
     outcomes: Outcomes
     changed_P: Tensor  # bool: an identity world that was routed to other experts somewhere above
     skipped: int = 0  # targets with nothing to act upon
-

@@ -10,7 +10,7 @@ Shapes: T clean rows, M audited rows, P virtual tokens, R rows of a micro-batch,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from torch import Tensor
 from audit.engine.birth import CleanLayer, bear, run_clean
 from audit.engine.readout import Readout, next_tokens
 from audit.engine.result import Effects, Request, Result
-from audit.engine.worlds import Worlds, identity_worlds, worlds_of
+from audit.engine.worlds import Routed, Worlds, identity_worlds, worlds_of
 from audit.interventions import Intervention
 from audit.models.loading import MoEModel
 from audit.models.rows import Rows
@@ -62,22 +62,25 @@ def sweep(model: MoEModel, request: Request, micro_batch: int) -> Result:
         if layer not in request.layers:
             continue
         assert clean.routed is not None
-        for worlds in worlds_at(request, clean.routed.index_TK, clean.routed.weights_TK):
+        for worlds in _worlds(request, layer, clean.routed):
             skipped += worlds.skipped
             if len(worlds):
                 effects.append(_births(model, rows, clean, worlds, virtual, request, micro_batch))
     readout = Readout(model.head, hidden_TD, request.rows_M, next_tokens(request.sequences))
     outcomes = readout.empty(virtual.alive)
     order, row_P = virtual.by_position(), torch.searchsorted(request.rows_M, virtual.parent_P[: virtual.alive])
-    for place_R in order.split(micro_batch):
+    for place_R in torch.split(order, micro_batch):
         readout.read(virtual.hidden_PD[place_R], row_P[place_R], outcomes, place_R)
     return Result(effects, readout.baseline, outcomes, virtual.changed_P[: virtual.alive], skipped)
 
 
-def worlds_at(request: Request, index_TK: Tensor, weights_TK: Tensor) -> list[Worlds]:
+def _worlds(request: Request, layer: int, routed: Routed) -> list[Worlds]:
     """The worlds of every intervention of the request at one layer, identity controls last."""
-    asked = [worlds_of(i, request.rows_M, index_TK, weights_TK) for i in request.interventions]
-    return [*asked, identity_worlds(request.rows_M, index_TK.shape[1], request.identity_every)]
+    asked = [
+        worlds_of(i, request.rows_M, routed.index_TK, routed.weights_TK, request.missing(i, layer))
+        for i in request.interventions
+    ]
+    return [*asked, identity_worlds(request.rows_M, routed.index_TK.shape[1], request.identity_every)]
 
 
 def worlds_per_row(intervention: Intervention, top_k: int) -> int:
@@ -88,7 +91,10 @@ def worlds_per_row(intervention: Intervention, top_k: int) -> int:
 def _room(model: MoEModel, request: Request) -> int:
     M = len(request.rows_M)
     controls = -(-M // request.identity_every)
-    return sum(M * sum(worlds_per_row(i, model.sites[layer].top_k) for i in request.interventions) + controls for layer in request.layers)
+    return sum(
+        M * sum(worlds_per_row(i, model.sites[layer].top_k) for i in request.interventions) + controls
+        for layer in request.layers
+    )
 
 
 def _carry(model: MoEModel, rows: Rows, clean: CleanLayer, virtual: Virtual, micro_batch: int) -> None:
@@ -96,7 +102,7 @@ def _carry(model: MoEModel, rows: Rows, clean: CleanLayer, virtual: Virtual, mic
     if not virtual.alive:
         return
     site = model.sites.get(clean.layer)
-    for place_R in virtual.by_position().split(micro_batch):
+    for place_R in torch.split(virtual.by_position(), micro_batch):
         parent_R = virtual.parent_P[place_R]
         forwards = {} if site is None else {site.experts: _watched(model, clean, virtual, place_R, parent_R)}
         with replaced(forwards):
@@ -104,7 +110,9 @@ def _carry(model: MoEModel, rows: Rows, clean: CleanLayer, virtual: Virtual, mic
         virtual.hidden_PD.index_copy_(0, place_R, hidden_RD)
 
 
-def _watched(model: MoEModel, clean: CleanLayer, virtual: Virtual, place_R: Tensor, parent_R: Tensor) -> Callable[..., Tensor]:
+def _watched(
+    model: MoEModel, clean: CleanLayer, virtual: Virtual, place_R: Tensor, parent_R: Tensor
+) -> Callable[..., Tensor]:
     """The experts, noting which identity worlds were routed otherwise than their clean token."""
     mixture, routed = model.experts[clean.layer].mixture, clean.routed
     assert routed is not None
@@ -122,7 +130,9 @@ def differently_routed(index_RK: Tensor, clean_RK: Tensor) -> Tensor:
     return (index_RK.sort(1).values != clean_RK.sort(1).values).any(1)
 
 
-def _births(model: MoEModel, rows: Rows, clean: CleanLayer, worlds: Worlds, virtual: Virtual, request: Request, micro_batch: int) -> Effects:
+def _births(
+    model: MoEModel, rows: Rows, clean: CleanLayer, worlds: Worlds, virtual: Virtual, request: Request, micro_batch: int
+) -> Effects:
     assert clean.routed is not None
     effects = Effects.of(clean.layer, worlds, clean.routed)
     born = virtual.add(worlds)

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from audit.calibration import Calibration
 from audit.interventions import Intervention
-from audit.observations import Calibration
 
 IDENTITY = Intervention("scale", factor=1.0)
 
@@ -25,41 +25,59 @@ class Worlds:
     identity: bool
     parent_P: Tensor  # clean row
     members_PK: Tensor  # bool: the slots acted upon; none for identity and shared
-    slot_P: Tensor  # the slot where one expert is acted upon, else -1
+    expert_P: Tensor  # the expert acted upon where it is one, else -1
+    slot_P: Tensor  # its slot; -1 where it is not active (sequence scope), or not one expert
     draw_P: Tensor  # 0 but for resample
-    skipped: int = 0  # tokens with nothing to act upon, or nothing left to carry the weight
+    skipped: int = 0  # targets with nothing to act upon, nothing left to carry the weight, or no calibration
 
     def __len__(self) -> int:
         return len(self.parent_P)
 
     def __getitem__(self, part: slice | Tensor) -> Worlds:
-        return Worlds(self.intervention, self.identity, self.parent_P[part], self.members_PK[part], self.slot_P[part], self.draw_P[part])
+        return Worlds(
+            self.intervention,
+            self.identity,
+            self.parent_P[part],
+            self.members_PK[part],
+            self.expert_P[part],
+            self.slot_P[part],
+            self.draw_P[part],
+        )
 
 
 def identity_worlds(rows_M: Tensor, top_k: int, every: int) -> Worlds:
     """Control worlds in which nothing is changed, at every ``every``-th audited row."""
     parent = rows_M[::every]
     none = torch.zeros(len(parent), top_k, dtype=torch.bool, device=rows_M.device)
-    return Worlds(IDENTITY, True, parent, none, torch.full_like(parent, -1), torch.zeros_like(parent))
+    nobody = torch.full_like(parent, -1)
+    return Worlds(IDENTITY, True, parent, none, nobody, nobody, torch.zeros_like(parent))
 
 
-def worlds_of(intervention: Intervention, rows_M: Tensor, index_TK: Tensor, weights_TK: Tensor) -> Worlds:
-    """The worlds of ``intervention`` at the audited rows, given each row's routing."""
+def worlds_of(
+    intervention: Intervention, rows_M: Tensor, index_TK: Tensor, weights_TK: Tensor, missing: Sequence[int] = ()
+) -> Worlds:
+    """The worlds of ``intervention`` at the audited rows, given each row's routing.
+
+    ``missing`` are experts without calibration, which ``mean`` and ``resample`` cannot act upon.
+    """
     target = intervention.target
     index_MK, weights_MK = index_TK[rows_M], weights_TK[rows_M]
     M, K = index_MK.shape
     device = rows_M.device
     eye = torch.eye(K, dtype=torch.bool, device=device)
+    usable_MK = ~torch.isin(index_MK, torch.tensor(missing, dtype=index_MK.dtype, device=device))
     single = target.selection == "each"
     if single:
         members = eye.expand(M, K, K)
         keep = torch.ones(M, K, dtype=torch.bool, device=device)
         if target.experts is not None:
             keep = torch.isin(index_MK, torch.tensor(target.experts, device=device))
+        skipped = int((keep & ~usable_MK).sum())
+        keep &= usable_MK
         parent = rows_M[:, None].expand(M, K)[keep]
         slot = torch.arange(K, device=device).expand(M, K)[keep]
+        expert = index_MK[keep]
         members_PK = members[keep]
-        skipped = 0
     else:
         if target.selection == "all":
             chosen = torch.ones(M, K, dtype=torch.bool, device=device)
@@ -70,13 +88,13 @@ def worlds_of(intervention: Intervention, rows_M: Tensor, index_TK: Tensor, weig
         else:
             order = weights_MK.argsort(dim=1, descending=target.selection == "highest", stable=True)
             chosen = torch.zeros(M, K, dtype=torch.bool, device=device).scatter_(1, order[:, : target.count], True)
-        keep = torch.ones(M, dtype=torch.bool, device=device)
+        keep = ~(chosen & ~usable_MK).any(1)
         if target.selection == "listed":
-            keep = chosen.any(1)
+            keep &= chosen.any(1)
             if intervention.kind == "renormalize":
                 keep &= ~chosen.all(1)
         parent, members_PK, skipped = rows_M[keep], chosen[keep], int((~keep).sum())
-        slot = torch.full_like(parent, -1)
+        slot = expert = torch.full_like(parent, -1)
     draws = torch.arange(intervention.draws, device=device)
     P = len(parent)
     return Worlds(
@@ -84,10 +102,84 @@ def worlds_of(intervention: Intervention, rows_M: Tensor, index_TK: Tensor, weig
         False,
         parent.repeat_interleave(intervention.draws),
         members_PK.repeat_interleave(intervention.draws, 0),
+        expert.repeat_interleave(intervention.draws),
         slot.repeat_interleave(intervention.draws),
         draws.repeat(P),
         skipped,
     )
+
+
+@dataclass(slots=True)
+class Case:
+    """One counterfactual world in sequence scope: what is done at every token of the sequence, and where it is read."""
+
+    done: Worlds  # one entry per token of the sequence
+    read_N: Tensor  # entries of ``done`` that give a row of the effect table
+
+
+def sequence_cases(
+    intervention: Intervention,
+    identity: bool,
+    rows: tuple[int, int],
+    rows_M: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    all_positions: bool,
+    missing: Sequence[int] = (),
+) -> list[Case]:
+    """The worlds of ``intervention`` on the sequence of clean rows ``rows`` (first, end), read at its audited rows ``rows_M``.
+
+    Worlds that would give no row, because their expert is not active at an audited position, are left out.
+    """
+    parent_T = torch.arange(*rows, device=rows_M.device)
+    index, weights = index_TK[parent_T], weights_TK[parent_T]
+    T, K = index.shape
+    audited_T = torch.isin(parent_T, rows_M)
+    skipped = 0
+    everywhere = identity or all_positions or intervention.target.selection == "shared"
+    experts = [-1]
+    if identity:
+        acted = [torch.zeros(T, K, dtype=torch.bool, device=parent_T.device)]
+    elif intervention.target.selection == "each":
+        active = torch.unique(index if all_positions else index[audited_T])
+        wanted = [e for e in active.tolist() if intervention.target.experts is None or e in intervention.target.experts]
+        experts = [e for e in wanted if e not in missing]
+        skipped = len(wanted) - len(experts)
+        acted = [index == e for e in experts]
+    else:
+        whole = worlds_of(intervention, parent_T, index_TK, weights_TK, missing)
+        skipped = whole.skipped
+        members = torch.zeros(T, K, dtype=torch.bool, device=parent_T.device)
+        first_draw = whole.draw_P == 0
+        members[whole.parent_P[first_draw] - rows[0]] = whole.members_PK[first_draw]
+        acted = [members]
+    cases: list[Case] = []
+    for expert, members in zip(experts, acted, strict=True):
+        read = torch.nonzero(audited_T & (members.any(1) | everywhere)).flatten()
+        slot = torch.where(members.any(1) & (expert >= 0), members.int().argmax(1), -1)
+        for draw in range(intervention.draws):
+            done = Worlds(
+                intervention,
+                identity,
+                parent_T,
+                members,
+                torch.full_like(parent_T, expert),
+                slot,
+                torch.full_like(parent_T, draw),
+                skipped,
+            )
+            if len(read):
+                cases.append(Case(done, read))
+                skipped = 0  # counted once
+    return cases
+
+
+def joined(worlds: Sequence[Worlds]) -> Worlds:
+    """Worlds of one intervention, one after another."""
+    first = worlds[0]
+    columns = zip(*((w.parent_P, w.members_PK, w.expert_P, w.slot_P, w.draw_P) for w in worlds), strict=True)
+    parent, members, expert, slot, draw = (torch.cat(column) for column in columns)
+    return Worlds(first.intervention, first.identity, parent, members, expert, slot, draw)
 
 
 @dataclass(slots=True)
@@ -106,13 +198,23 @@ class Routed:
             weight = self.weights_TK[worlds.parent_P, worlds.slot_P].to(self.outputs_TKD.dtype)
             return self.outputs_TKD[worlds.parent_P, worlds.slot_P] * weight[:, None]
         weights_PK = (self.weights_TK[worlds.parent_P] * worlds.members_PK).to(self.outputs_TKD.dtype)
-        total = torch.zeros(len(worlds), self.mixture_TD.shape[1], dtype=self.outputs_TKD.dtype, device=self.x_TD.device)
+        total = torch.zeros(
+            len(worlds), self.mixture_TD.shape[1], dtype=self.outputs_TKD.dtype, device=self.x_TD.device
+        )
         for slot in range(weights_PK.shape[1]):
             total += self.outputs_TKD[worlds.parent_P, slot] * weights_PK[:, slot, None]
         return total
 
 
-def changed_output(worlds: Worlds, routed: Routed, contribution_PD: Tensor, layer: int, tokens: tuple[Tensor, Tensor] | None, calibration: Calibration | None, seed: int) -> Tensor:
+def changed_output(
+    worlds: Worlds,
+    routed: Routed,
+    contribution_PD: Tensor,
+    layer: int,
+    tokens: tuple[Tensor, Tensor] | None,
+    calibration: Calibration | None,
+    seed: int,
+) -> Tensor:
     """y' - y [P, D] for every kind but reroute and shared experts. ``tokens`` are sequence and position of each world."""
     kind = worlds.intervention.kind
     if kind == "zero":

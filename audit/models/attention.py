@@ -23,8 +23,23 @@ NAME = "moe_audit"
 
 # Arguments that families pass and that do not change what is computed here: masks are read when calls are recorded.
 _HARMLESS = frozenset(
-    {"attention_mask", "sliding_window", "is_causal", "dropout", "position_ids", "position_embeddings", "cache_position"}
-    | {"output_attentions", "output_hidden_states", "output_router_logits", "use_cache", "past_key_values", "return_dict"}
+    {
+        "attention_mask",
+        "sliding_window",
+        "is_causal",
+        "dropout",
+        "position_ids",
+        "position_embeddings",
+        "cache_position",
+    }
+    | {
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "use_cache",
+        "past_key_values",
+        "return_dict",
+    }
     | {"logits_to_keep", "num_items_in_batch", "layer_idx"}
 )
 
@@ -57,7 +72,9 @@ class PrefixAttention:
     def __init__(self, prefixes: Prefixes, parent_R: Tensor | None) -> None:
         self.prefixes, self.calls = prefixes, 0
         self.clean = parent_R is None
-        self.parent_R = torch.arange(len(prefixes.start_T), device=prefixes.start_T.device) if parent_R is None else parent_R
+        self.parent_R = (
+            torch.arange(len(prefixes.start_T), device=prefixes.start_T.device) if parent_R is None else parent_R
+        )
         self._blocks: list[tuple[int, int, int, int]] | None = None
 
     def blocks(self) -> list[tuple[int, int, int, int]]:
@@ -67,13 +84,26 @@ class PrefixAttention:
             starts = p.start_T[self.parent_R]
             cuts = (torch.nonzero(starts[1:] != starts[:-1]).flatten() + 1).tolist() if len(starts) else []
             edges = [0, *cuts, len(starts)]
-            rows = [(r, min(r + p.block, b)) for a, b in zip(edges[:-1], edges[1:], strict=True) for r in range(a, b, p.block)]
+            rows = [
+                (r, min(r + p.block, b))
+                for a, b in zip(edges[:-1], edges[1:], strict=True)
+                for r in range(a, b, p.block)
+            ]
             first = torch.cummin(p.first_T[self.parent_R].flip(0), 0).values.flip(0).tolist()
             parents = self.parent_R.tolist()
             self._blocks = [(a, b, first[a], parents[b - 1] + 1) for a, b in rows]
         return self._blocks
 
-    def __call__(self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, scaling: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    def __call__(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
+    ) -> Tensor:
         """Attention outputs [1, R, H, C] for query [1, H, R, C], key and value [1, G, R, C]."""
         self.calls += 1
         p = self.prefixes
@@ -82,15 +112,38 @@ class PrefixAttention:
             p.modules.append(module)
             p.keys[id(module)], p.values[id(module)] = key_GRC, value_GRC
         keys_GTC, values_GTC = p.keys[id(module)], p.values[id(module)]
-        out = torch.empty(query_HRC.shape[1], query_HRC.shape[0], value_GRC.shape[2], dtype=query.dtype, device=query.device)
+        out = torch.empty(
+            query_HRC.shape[1], query_HRC.shape[0], value_GRC.shape[2], dtype=query.dtype, device=query.device
+        )
         for a, b, low, high in self.blocks():
             out[a:b] = self._block(
-                query_HRC[:, a:b], key_GRC[:, a:b], value_GRC[:, a:b], keys_GTC[:, low:high], values_GTC[:, low:high], a, b, low, scaling, softcap, sinks
+                query_HRC[:, a:b],
+                key_GRC[:, a:b],
+                value_GRC[:, a:b],
+                keys_GTC[:, low:high],
+                values_GTC[:, low:high],
+                a,
+                b,
+                low,
+                scaling,
+                softcap,
+                sinks,
             ).transpose(0, 1)
         return out[None]
 
     def _block(
-        self, q: Tensor, k_own: Tensor, v_own: Tensor, keys: Tensor, values: Tensor, a: int, b: int, low: int, scaling: float, softcap: float | None, sinks: Tensor | None
+        self,
+        q: Tensor,
+        k_own: Tensor,
+        v_own: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        a: int,
+        b: int,
+        low: int,
+        scaling: float,
+        softcap: float | None,
+        sinks: Tensor | None,
     ) -> Tensor:
         H, R, C = q.shape
         G = k_own.shape[0]
@@ -134,14 +187,26 @@ def attending(attention: PrefixAttention) -> Iterator[None]:
         _active.reset(token)
 
 
-def _attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None, scaling: float | None = None, **kwargs: Any) -> tuple[Tensor, None]:
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None = None,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
     attention = _active.get()
     if attention is None:
         raise UnsupportedAttention("the audit's attention was called outside a sweep")
     softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
-    unknown = [name for name, given in kwargs.items() if name not in _HARMLESS and given is not None and given is not False]
+    unknown = [
+        name for name, given in kwargs.items() if name not in _HARMLESS and given is not None and given is not False
+    ]
     if unknown:
-        raise UnsupportedAttention(f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention, which the sweep does not know")
+        raise UnsupportedAttention(
+            f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention, which the sweep does not know"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attention(module, query, key, value, scale, softcap, sinks), None
 

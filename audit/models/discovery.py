@@ -42,13 +42,19 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The list of decoder layers: the one whose members hold experts modules."""
     found: list[nn.ModuleList] = []
     for module in model.modules():
-        if isinstance(module, nn.ModuleList) and any(is_experts(child) for layer in module for child in layer.modules()):
+        if isinstance(module, nn.ModuleList) and any(
+            is_experts(child) for layer in module for child in layer.modules()
+        ):
             found.append(module)
     outermost = [m for m in found if not any(m is not other and _contains(other, m) for other in found)]
     if not outermost:
-        raise ModelError(f"model: {type(model).__name__} has no fused experts module (experts(hidden, top_k_index, top_k_weights)); only such models can be audited")
+        raise ModelError(
+            f"model: {type(model).__name__} has no fused experts module (experts(hidden, top_k_index, top_k_weights)); only such models can be audited"
+        )
     if len(outermost) > 1:
-        raise ModelError(f"model: {type(model).__name__} has {len(outermost)} separate stacks of MoE layers; one decoder stack is needed")
+        raise ModelError(
+            f"model: {type(model).__name__} has {len(outermost)} separate stacks of MoE layers; one decoder stack is needed"
+        )
     return outermost[0]
 
 
@@ -102,7 +108,9 @@ def _router(block: nn.Module, num_experts: int) -> nn.Module | None:
     for child in block.children():
         if is_experts(child):
             continue
-        if any(len(_shape(p)) == 2 and _shape(p)[0] == num_experts for p in child.parameters()) and not _looks_like_mlp(child):
+        if any(len(_shape(p)) == 2 and _shape(p)[0] == num_experts for p in child.parameters()) and not _looks_like_mlp(
+            child
+        ):
             return child
     return None
 

@@ -50,11 +50,16 @@ class Head:
     def _is_linear(self) -> bool:
         weight = self._matrix.weight
         generator = torch.Generator().manual_seed(0)
-        a, b = (torch.randn(4, weight.shape[1], generator=generator).to(weight.device, weight.dtype) * scale for scale in (1.0, 3.0))
+        a, b = (
+            torch.randn(4, weight.shape[1], generator=generator).to(weight.device, weight.dtype) * scale
+            for scale in (1.0, 3.0)
+        )
         try:
             by_change = self.change(self.normed(a), self.normed(b)).double()
             by_logits = self.logits(a).double() - self.logits(b).double()
         except RuntimeError:
             return False
         tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(weight.dtype, 5e-2)
-        return by_change.shape == by_logits.shape and bool((by_change - by_logits).abs().max() <= tolerance * by_logits.abs().max())
+        return by_change.shape == by_logits.shape and bool(
+            (by_change - by_logits).abs().max() <= tolerance * by_logits.abs().max()
+        )

@@ -27,9 +27,19 @@ class OneDNNLinear(TorchFunctionMode):
     """Within this context float32 CPU calls of torch.nn.functional.linear go through oneDNN."""
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func is F.linear and not kwargs and args[0].dtype == torch.float32 and args[0].device.type == "cpu" and args[0].numel():
+        if (
+            func is F.linear
+            and not kwargs
+            and args[0].dtype == torch.float32
+            and args[0].device.type == "cpu"
+            and args[0].numel()
+        ):
             return linear(*args)
         return func(*args, **(kwargs or {}))
 

@@ -31,10 +31,19 @@ class Strike(TorchFunctionMode):
         return scores.masked_fill(self._removed_NE.view(scores.shape), float("-inf"))
 
     def _scores_experts(self, value: Any) -> bool:
-        return isinstance(value, Tensor) and value.is_floating_point() and value.shape[-1:] == self._removed_NE.shape[-1:] and value.numel() == self._removed_NE.numel()
+        return (
+            isinstance(value, Tensor)
+            and value.is_floating_point()
+            and value.shape[-1:] == self._removed_NE.shape[-1:]
+            and value.numel() == self._removed_NE.numel()
+        )
 
     def __torch_function__(
-        self, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if func in _TOPK and self._scores_experts(args[0]):
@@ -44,7 +53,11 @@ class Strike(TorchFunctionMode):
         if func is F.linear and self._scores_experts(result):
             self.linear_hits += 1
             return self._struck(result)
-        if func in _ADD and self._scores_experts(result) and any(isinstance(a, Tensor) and a.data_ptr() in self._biases for a in args):
+        if (
+            func in _ADD
+            and self._scores_experts(result)
+            and any(isinstance(a, Tensor) and a.data_ptr() in self._biases for a in args)
+        ):
             self.bias_hits += 1
             return self._struck(result)
         return result
@@ -60,7 +73,13 @@ def correction_biases(block: nn.Module, num_experts: int) -> list[Tensor]:
 
 
 @torch.inference_mode()
-def verify(choose: Callable[[Tensor | None], tuple[Tensor, Tensor, Strike | None]], rows: int, num_experts: int, biases: Sequence[Tensor], generator: torch.Generator) -> str | None:
+def verify(
+    choose: Callable[[Tensor | None], tuple[Tensor, Tensor, Strike | None]],
+    rows: int,
+    num_experts: int,
+    biases: Sequence[Tensor],
+    generator: torch.Generator,
+) -> str | None:
     """Why ``reroute`` must be refused for a router, or None where it may be used.
 
     ``choose(removed_NE)`` routes fixed probe rows and returns (index [N, K], weights [N, K], the Strike used).

@@ -25,7 +25,13 @@ class Rows:
     at clean row i is called with exactly what the model computes for that position of that sequence.
     """
 
-    def __init__(self, module: nn.Module, layers: nn.ModuleList, position_dims: list[list[int | None]], sequences: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        layers: nn.ModuleList,
+        position_dims: list[list[int | None]],
+        sequences: Sequence[Tensor],
+    ) -> None:
         self.module, self.layers = module, layers
         self.ids = [s[None] for s in sequences]
         device = sequences[0].device
@@ -39,12 +45,15 @@ class Rows:
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         masks: dict[tuple[int, ...], Tensor] = {}
         joined: dict[tuple[int, ...], Tensor] = {}
-        self._keep = recorded  # ids of its tensors are keys below
         for number in range(len(layers)):
             per_sequence = [calls[number] for calls in recorded]
             key = tuple(id(call.mask) for call in per_sequence)
             if key not in masks:
-                rows = [a + i for a, n, call in zip(starts, lengths, per_sequence, strict=True) for i in first_visible(call.mask, n)]
+                rows = [
+                    a + i
+                    for a, n, call in zip(starts, lengths, per_sequence, strict=True)
+                    for i in first_visible(call.mask, n)
+                ]
                 masks[key] = torch.tensor(rows, device=device)
             self._first.append(masks[key])
             self._calls.append(_join(per_sequence, position_dims[number], joined))
@@ -100,7 +109,9 @@ def clean_forward(rows: Rows) -> tuple[Tensor, list[tuple[nn.Module, ...]]]:
     return hidden, modules
 
 
-def _join(calls: Sequence[LayerCall], dims: Sequence[int | None], joined: dict[tuple[int, ...], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _join(
+    calls: Sequence[LayerCall], dims: Sequence[int | None], joined: dict[tuple[int, ...], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The calls of all sequences as one, tensors joined along their position dimension."""
     columns = [tensors_in([c.args, c.kwargs]) for c in calls]
     number = iter(range(len(columns[0])))

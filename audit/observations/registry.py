@@ -53,6 +53,10 @@ def _mean_weight(sums: LayerSums) -> Tensor:
     return _unified(sums, 1, 1, 0)
 
 
+def _largest(sums: LayerSums) -> Tensor:
+    return torch.where(sums.count_EM > 0, sums.max_EM, torch.nan)
+
+
 def _fusion(sums: LayerSums) -> Tensor:
     return _variance(sums.m2_EMD.sum(-1), sums.count_EM).sqrt() * _mean_weight(sums)
 
@@ -69,7 +73,7 @@ def _gini(sums: LayerSums) -> tuple[Tensor, Tensor]:
 _DEFINITIONS = (
     Metric(
         "utilization", "N / T", 1, "published", "2606.10703",
-        lambda s: s.count_EM / s.tokens_M, aliases=("frequency",),
+        lambda s: s.count_EM.double() / s.tokens_M, aliases=("frequency",),
     ),
     Metric("mean_routing_weight", "mean of g", 1, "published", "2606.10703", _mean_weight),
     Metric(
@@ -91,7 +95,7 @@ _DEFINITIONS = (
     Metric("mone_fusion", "||sqrt(Var E)||_2 times mean of g", 1, "extended", "2507.00390", _fusion),
     Metric(
         "activation_max", "largest absolute entry of E", 1, "extended", "2507.23279",
-        lambda s: torch.where(s.count_EM > 0, s.max_EM, torch.nan),
+        _largest,
     ),
     Metric(
         "routing_weight_std", "standard deviation of g", 0, "extended", "2606.10703 (code)",
@@ -138,26 +142,18 @@ def metrics(
         weights = None if weight_statistics is None else _weights_of(weight_statistics, layer, observations.experts)
         for metric in METRICS.values():
             if metric.formula is not None:
-                value = metric.formula(sums)[:, 0].numpy()
+                frame = _frame(layer, sums, metric.formula(sums))
             elif weights is not None:
-                value = weights[metric.name].to_numpy()
+                frame = _frame(layer, sums, torch.tensor(weights[metric.name].to_numpy())[:, None])
             else:
                 continue
-            columns = {
-                "layer": layer,
-                "expert": np.arange(observations.experts),
-                "n": sums.count_EM[:, 0].numpy(),
-                "metric": metric.name,
-                "value": value,
-                "error_bound": metric.error_bound(sums)[:, 0].numpy() if metric.error_bound else 0.0,
-                "orientation": metric.orientation,
-                "label": metric.label,
-            }
-            frames.append(pd.DataFrame(columns))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=_COLUMNS)
-
-
-_COLUMNS = ["layer", "expert", "n", "metric", "value", "error_bound", "orientation", "label"]
+            frame["metric"] = metric.name
+            frame["error_bound"] = metric.error_bound(sums)[:, 0].numpy() if metric.error_bound else 0.0
+            frame["orientation"] = metric.orientation
+            frame["label"] = metric.label
+            frames.append(frame)
+    columns = ["layer", "expert", "n", "metric", "value", "error_bound", "orientation", "label"]
+    return pd.concat(frames, ignore_index=True)[columns]
 
 
 def unified(observations: Observations, b: float, alpha: int, beta: int, domain: str | None = None) -> pd.DataFrame:
@@ -170,17 +166,7 @@ def unified(observations: Observations, b: float, alpha: int, beta: int, domain:
     for name, power in (("alpha", alpha), ("beta", beta)):
         if power not in (0, 1, 2):
             raise ValueError(f"unified.{name}: {power} is not accumulated; 0, 1 and 2 are")
-    frames = []
-    for layer in sorted(observations.layers):
-        sums = observations.pooled(layer, domain)
-        columns = {
-            "layer": layer,
-            "expert": np.arange(observations.experts),
-            "n": sums.count_EM[:, 0].numpy(),
-            "value": _unified(sums, b, alpha, beta)[:, 0].numpy(),
-        }
-        frames.append(pd.DataFrame(columns))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["layer", "expert", "n", "value"])
+    return _values(observations, lambda sums: _unified(sums, b, alpha, beta), domain)
 
 
 def coactivation(observations: Observations, layer: int, domain: str | None = None) -> np.ndarray:
@@ -190,21 +176,28 @@ def coactivation(observations: Observations, layer: int, domain: str | None = No
 
 
 def super_experts(observations: Observations, total_layers: int, domain: str | None = None) -> pd.DataFrame:
-    """Columns layer, expert, activation_max, super_expert (arXiv 2507.23279).
+    """Columns layer, expert, n, activation_max, super_expert (arXiv 2507.23279).
 
     A super expert's ``activation_max`` is above the 99.5 % quantile (linear interpolation) of all observed experts
     and above a tenth of their largest, and its layer index is below 75 % of ``total_layers``, the model's decoder
     layers. Experts without a token take no part and are never flagged. Quantile and largest are over the *observed*
     layers: observe all for the published definition.
     """
-    table = metrics(observations, domain=domain)
-    table = table[table["metric"] == "activation_max"].rename(columns={"value": "activation_max"})
+    table = _values(observations, _largest, domain).rename(columns={"value": "activation_max"})
     used = table["activation_max"].dropna()
-    bar = max(used.quantile(0.995), used.max() / 10) if len(used) else np.nan
+    bar = max(used.quantile(0.995), used.max() / 10)
     early = table["layer"] < 0.75 * total_layers
-    return table.assign(super_expert=(table["activation_max"] > bar) & early)[
-        ["layer", "expert", "activation_max", "super_expert"]
-    ].reset_index(drop=True)
+    return table.assign(super_expert=(table["activation_max"] > bar) & early)
+
+
+def _frame(layer: int, sums: LayerSums, value_EM: Tensor) -> pd.DataFrame:
+    columns = {"expert": np.arange(len(value_EM)), "n": sums.count_EM[:, 0].numpy(), "value": value_EM[:, 0].numpy()}
+    return pd.DataFrame({"layer": layer, **columns})
+
+
+def _values(observations: Observations, formula: Callable[[LayerSums], Tensor], domain: str | None) -> pd.DataFrame:
+    layers = {layer: observations.pooled(layer, domain) for layer in sorted(observations.layers)}
+    return pd.concat([_frame(layer, sums, formula(sums)) for layer, sums in layers.items()], ignore_index=True)
 
 
 def _weights_of(weight_statistics: pd.DataFrame, layer: int, experts: int) -> pd.DataFrame:

@@ -1,5 +1,4 @@
-"""The sums kept of one layer, per expert and domain: what they are, how a chunk of tokens is added, how two are
-merged.
+"""The sums kept of one layer, per expert and domain: what they are, how tokens are added, how two are merged.
 
 Shapes: N tokens, K slots, D hidden, E experts, M domains, B bins of the routing weights' histogram, R = N K rows.
 g is the routing weight multiplied into an expert's output, E the un-weighted output, ||.|| the Euclidean norm.
@@ -104,8 +103,8 @@ class LayerSums:
     ) -> None:
         """Add a chunk of tokens, in place; arguments and errors as in ``Observations.add``."""
         (_, domains, hidden), top_k = self.mean_EMD.shape, index_NK.shape[1]
-        cell_N1 = domain_N[:, None]
-        cell_NK = index_NK * domains + cell_N1
+        assert int(domain_N.max()) < domains  # a cell of another expert would be counted instead
+        cell_NK = index_NK * domains + domain_N[:, None]
         rows = RowGroups.of(cell_NK.flatten(), self.count_EM.numel())
         mean_GD, m2_GD, norm_R, max_R = _vector_moments(rows, output_NKD.reshape(-1, hidden))
         g_R = weight_NK.flatten()[rows.order_R].double()

@@ -1,8 +1,9 @@
 """Summary of an audit: what every layer and every expert does on average, and the noise floor it has to exceed.
 
-Effects are averaged within (layer, unit, intervention, parameter, scope), never over them. Sums are exact: an outcome is a
-32-bit float, m 2^e with an integer m, so that adding the m of equal exponents in integers loses nothing. Whatever the order in which
-rows arrive and however they are cut into tables, the result is the same to the last bit (this project).
+Effects are averaged within (layer, unit, intervention, parameter, scope), never over them. Sums are exact: an outcome
+is a 32-bit float, m 2^e with an integer m, so that adding the m of equal exponents in integers loses nothing. Whatever
+the order in which rows arrive and however they are cut into tables, the result is the same to the last bit (this
+project).
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ _PARTIAL = pa.schema(
 
 
 def noise_values(effects: pa.Table) -> pa.Table:
-    """|outcome| of the identity rows of one part of an effect table: layer, scope and the outcomes that have a floor."""
+    """|outcome| of the identity rows of a part of an effect table: layer, scope, the outcomes that have a floor."""
     rows = effects.filter(pc.equal(pc.cast(effects["unit"], pa.string()), "identity"))
     columns = {"layer": pc.cast(rows["layer"], pa.int64()), "scope": pc.cast(rows["scope"], pa.string())}
     return pa.table(columns | {name: pc.abs(rows[name]) for name in COMPARED})
@@ -92,7 +93,7 @@ def noise_floor(values: Iterable[pa.Table], routing_changes: Iterable[Mapping[in
 
 
 def partial_sums(effects: pa.Table, floor: pa.Table) -> pa.Table:
-    """Exact sums over one part of an effect table, mergeable by :func:`merge`; ``floor`` is the table of :func:`noise_floor`.
+    """Exact sums over one part of an effect table, for :func:`merge`; ``floor`` is the table of :func:`noise_floor`.
 
     Identity rows are left out: they measure the noise floor, not an effect.
     """
@@ -111,7 +112,8 @@ def partial_sums(effects: pa.Table, floor: pa.Table) -> pa.Table:
         np.add.at(sums, group * width + (0 if buckets is None else buckets - lowest), totals.astype(np.int64))
         kept = np.flatnonzero(sums)
         columns = {name: keys[name].take(pa.array(kept // width)) for name in _KEYS}
-        columns |= {"quantity": pa.repeat(pa.scalar(quantity), len(kept)), "bucket": pa.array(kept % width + lowest), "total": pa.array(sums[kept])}
+        columns |= {"quantity": pa.repeat(pa.scalar(quantity), len(kept))}
+        columns |= {"bucket": pa.array(kept % width + lowest), "total": pa.array(sums[kept])}
         parts.append(pa.table(columns).cast(_PARTIAL))
 
     add("rows", np.ones(len(group)))
@@ -138,8 +140,9 @@ def merge(partials: Iterable[pa.Table]) -> pa.Table:
 
 
 def layer_summary(merged: pa.Table) -> pa.Table:
-    """Means per (layer, unit, intervention, parameter, scope); columns as :func:`expert_summary`, ``experts`` = how many occur."""
-    experts = merged.filter(pc.equal(merged["quantity"], "rows")).group_by([*CELL]).aggregate([("expert", "count_distinct")])
+    """Means per cell; columns as :func:`expert_summary`, with ``experts``, how many occur, for ``expert``."""
+    rows = merged.filter(pc.equal(merged["quantity"], "rows"))
+    experts = rows.group_by([*CELL]).aggregate([("expert", "count_distinct")])
     counted = {tuple(row[key] for key in CELL): row["expert_count_distinct"] for row in experts.to_pylist()}
     table = _summary(_sum_up(merged, [*CELL, "quantity", "bucket"]), CELL)
     found = [counted[tuple(row[key] for key in CELL)] for row in table.select(list(CELL)).to_pylist()]
@@ -149,10 +152,10 @@ def layer_summary(merged: pa.Table) -> pa.Table:
 def expert_summary(merged: pa.Table) -> pa.Table:
     """Means per expert, where the unit is one expert.
 
-    Columns: the cell, ``expert``, ``n`` (rows), ``mean_<outcome>`` (nats for kl, js and the losses; ``top1_flip``: share of rows),
-    ``n_delta_loss`` (rows with a true next token), ``nonfinite`` (values that were infinite or nan and are in no mean), ``share_below_noise_<outcome>``: share of
-    rows with \\|outcome\\| below the layer's 99.9 % noise quantile, ``below_noise_<outcome>``: it exceeds one half, so that the median effect is noise
-    (null where no identity row was run).
+    Columns: the cell; ``expert``; ``n``: rows; ``n_delta_loss``: those with a true next token; ``nonfinite``: values
+    that were infinite or nan and are in no mean; ``mean_<outcome>``: nats for kl, js and the losses, for
+    ``top1_flip`` the share of rows; ``share_below_noise_<outcome>``: of the rows, those with |outcome| below the layer's 99.9 % noise
+    quantile; ``below_noise_<outcome>``: more than half are, so that the median effect is noise. Null without a floor.
     """
     one = merged.filter(pc.equal(merged["unit"], "expert"))
     return _summary(one, (*CELL, "expert"))
@@ -167,8 +170,10 @@ def _integers(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _mean(buckets: Mapping[int, int], count: int) -> float | None:
     """The correctly rounded mean of a sum kept in buckets."""
-    total = sum((Fraction(total) * Fraction(2) ** ((bucket << _BUCKET_BITS) - 24) for bucket, total in buckets.items()), Fraction(0))
-    return float(total / count) if count else None
+    if not count:
+        return None
+    parts = (total * Fraction(2) ** ((bucket << _BUCKET_BITS) - 24) for bucket, total in buckets.items())
+    return float(sum(parts, Fraction(0)) / count)
 
 
 def _sum_up(table: pa.Table, keys: list[str]) -> pa.Table:
@@ -193,7 +198,8 @@ def _summary(sums: pa.Table, keys: Sequence[str]) -> pa.Table:
         for quantity, bucket, total in zip(rows["quantity"], rows["bucket"], rows["total"], strict=True):
             quantities.setdefault(quantity, {})[int(bucket)] = int(total)
         count = Counter({name: buckets[0] for name, buckets in quantities.items() if ":" in name or name == "rows"})
-        record: dict[str, Any] = {key: None if pd.isna(value) else value for key, value in zip(keys, values, strict=True)}
+        cell = zip(keys, values, strict=True)
+        record: dict[str, Any] = {key: None if pd.isna(value) else value for key, value in cell}
         record["n"] = count["rows"]
         record["n_delta_loss"] = count["finite:delta_loss"]
         record["nonfinite"] = sum(count[f"nonfinite:{name}"] for name in AVERAGED if name != "abs_delta_loss")

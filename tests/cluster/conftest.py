@@ -16,5 +16,5 @@ os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(
 
 @pytest.fixture(scope="module")
 def ray_cluster() -> Iterator[None]:
-    with ray_session(replicas=2, cpus_per_replica=1):
+    with ray_session(cpus=2):
         yield

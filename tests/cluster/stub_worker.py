@@ -56,17 +56,36 @@ def tables(task: Task) -> dict[str, pa.Table]:
     size = np.where(identity, 1e-7, 10.0 ** random.normal(-3, 2, n))
     loss = np.where(position == positions[-1], np.nan, size * random.normal(size=n))
     effects = {
-        "document": np.full(n, sequence // 2), "sequence": np.full(n, sequence), "position": position, "layer": layer,
-        "unit": np.where(identity, "identity", "expert"), "expert": pa.array(random.integers(EXPERTS, size=n), mask=identity),
-        "slot": pa.array(slot, mask=identity), "intervention": np.where(identity, "scale", "zero"), "scope": ["token"] * n,
-        "parameter": pa.array(np.ones(n), mask=~identity), "routing_weight": random.random(n), "contribution_norm": random.random(n), "gap_norm": size,
-        "delta_loss": pa.array(loss, from_pandas=True), "kl": size, "js": size / 4, "tv": np.sqrt(size / 2).clip(max=1), "top1_flip": size > 1e-2,
+        "document": np.full(n, sequence // 2),
+        "sequence": np.full(n, sequence),
+        "position": position,
+        "layer": layer,
+        "unit": np.where(identity, "identity", "expert"),
+        "expert": pa.array(random.integers(EXPERTS, size=n), mask=identity),
+        "slot": pa.array(slot, mask=identity),
+        "intervention": np.where(identity, "scale", "zero"),
+        "scope": ["token"] * n,
+        "parameter": pa.array(np.ones(n), mask=~identity),
+        "routing_weight": random.random(n),
+        "contribution_norm": random.random(n),
+        "gap_norm": size,
+        "delta_loss": pa.array(loss, from_pandas=True),
+        "kl": size,
+        "js": size / 4,
+        "tv": np.sqrt(size / 2).clip(max=1),
+        "top1_flip": size > 1e-2,
         "delta_logit": pa.array(-loss, from_pandas=True),
     }
     m = len(positions)
     tokens = {
-        "document": [sequence // 2] * m, "sequence": [sequence] * m, "position": positions, "sentence": [0] * m, "domain": ["prose"] * m,
-        "token_id": random.integers(100, size=m), "target_id": pa.array(positions, mask=positions == positions[-1]), "baseline_entropy": random.random(m),
+        "document": [sequence // 2] * m,
+        "sequence": [sequence] * m,
+        "position": positions,
+        "sentence": [0] * m,
+        "domain": ["prose"] * m,
+        "token_id": random.integers(100, size=m),
+        "target_id": pa.array(positions, mask=positions == positions[-1]),
+        "baseline_entropy": random.random(m),
     }
     return {"effects": _table(effects, n, EFFECTS), "tokens": _table(tokens, m, TOKENS)}
 
@@ -81,29 +100,51 @@ class StubWorker:
         self.plan.strike(task.id, attempt)
         time.sleep(self.seconds)
         if task.kind == "measure":
-            return Output({"routing_changes": {layer: (len(task.positions[0]), int(layer == 3)) for layer in LAYERS}}, tables(task))
+            return Output(
+                {"routing_changes": {layer: (len(task.positions[0]), int(layer == 3)) for layer in LAYERS}},
+                tables(task),
+            )
         name = f"observations/{task.id}-{os.getpid()}-{attempt}"
         target = Path(self.folder, name)
         target.mkdir(parents=True)
-        read = [Path(self.folder, part, "sum").read_text() for part in task.inputs] if task.kind == "merge" else [task.id]
+        read = (
+            [Path(self.folder, part, "sum").read_text() for part in task.inputs] if task.kind == "merge" else [task.id]
+        )
         (target / "sum").write_text("+".join(read))
         return Output({"folder": name})
 
 
 def make_job(
-    *, tasks: int = 12, positions: int = 5, replicas: int = 2, plan: FaultPlan | None = None, seconds: float = 0.0, policy: Policy | None = None,
-    calibration: int = 0, identity: Mapping[str, object] | None = None,
+    *,
+    tasks: int = 12,
+    positions: int = 5,
+    replicas: int = 2,
+    plan: FaultPlan | None = None,
+    seconds: float = 0.0,
+    policy: Policy | None = None,
+    calibration: int = 0,
+    identity: Mapping[str, object] | None = None,
 ) -> Job:
     observe = [Task(id=f"observe-{i:04d}", kind="observe", rows=10, flops=10) for i in range(calibration)]
     merge = [Task(id="merge-calibration", kind="merge", inputs=tuple(t.id for t in observe))] if observe else []
     measure = [
-        Task(id=f"effects-{i:04d}", kind="measure", positions=(np.arange(1, 1 + positions + i % 3),), layers=LAYERS, flops=1.0 + i % 3,
-             rows=(TOP_K + 1) * len(LAYERS) * (positions + i % 3), inputs=tuple(t.id for t in merge))
+        Task(
+            id=f"effects-{i:04d}",
+            kind="measure",
+            positions=(np.arange(1, 1 + positions + i % 3),),
+            layers=LAYERS,
+            flops=1.0 + i % 3,
+            rows=(TOP_K + 1) * len(LAYERS) * (positions + i % 3),
+            inputs=tuple(t.id for t in merge),
+        )
         for i in range(tasks)
     ]
     return Job(
-        stages=(("calibration", observe), ("merge", merge), ("effects", measure)), identity=identity or {"specification": {"seed": 0}}, information={},
-        make_worker=partial(StubWorker, plan=plan or FaultPlan(), seconds=seconds), replicas=replicas,
+        stages=(("calibration", observe), ("merge", merge), ("effects", measure)),
+        identity=identity or {"specification": {"seed": 0}},
+        information={},
+        make_worker=partial(StubWorker, plan=plan or FaultPlan(), seconds=seconds),
+        replicas=replicas,
         policy=policy or Policy(commit_results=3, relaunch_seconds=0.0),
     )
 

@@ -1,0 +1,139 @@
+"""What a request costs before it runs: virtual tokens, floating-point operations, bytes of working memory.
+
+Also the other way round: how many rows may go through a layer at once, and how many tokens into one sweep, in a budget.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from audit.interventions import Intervention
+from audit.models.loading import MoEModel, text_config
+
+# Python, torch, transformers and Arrow once imported (CPU), or a CUDA context with its libraries: measured 0.55-0.62 GiB.
+PROGRAM_BYTES = 640 * 2**20
+DEFAULT_MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
+SMALLEST_MICRO_BATCH = 16
+# More clean rows than this in one sweep buy nothing: micro-batches are full long before.
+MOST_CLEAN_ROWS = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """``rows``: effects, identity controls included. ``flops``: multiplications and additions. ``bytes``: of the effect table."""
+
+    rows: int
+    flops: float
+    bytes: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.rows + other.rows, self.flops + other.flops, self.bytes + other.bytes)
+
+
+BYTES_PER_EFFECT = 45  # of Parquet, zstd: measured on the demo audit
+
+
+class Sizes:
+    """The dimensions of a loaded model that costs depend on."""
+
+    def __init__(self, model: MoEModel) -> None:
+        config = text_config(model.module.config)
+        self.element = next(model.module.parameters()).element_size()
+        self.weights = model.description.bytes
+        self.hidden, self.vocabulary, self.top_k = (
+            model.description.hidden_size,
+            model.description.vocabulary,
+            model.description.top_k,
+        )
+        self.heads = int(getattr(config, "num_attention_heads", 1) or 1)
+        self.layers = len(model.layers)
+        self.moe_layers = set(model.sites)
+        self.device = model.device.type
+        self.active = [_active_parameters(model, layer) for layer in range(self.layers)]
+        site = next(iter(model.sites.values()))
+        stacked = [p.shape for p in site.experts.parameters(recurse=False) if p.dim() == 3]
+        self.expert_width = max(max(shape[1:]) for shape in stacked)
+        # Keys, values, queries and their rotated copies of one row: bounded by the attention's projections.
+        self.attention_width = 4 * max(
+            self.hidden, self.heads * int(getattr(config, "head_dim", 0) or self.hidden // self.heads)
+        )
+
+    def virtual_bytes(self) -> int:
+        """Bytes held for one virtual token for the whole sweep: its hidden state, its outcomes, its row of the table."""
+        return self.hidden * self.element + 9 * self.top_k + 220
+
+    def clean_bytes(self) -> int:
+        """Bytes held for one clean token: hidden states, keys and values, expert outputs and replies of one layer."""
+        return self.element * ((self.top_k + 10) * self.hidden + self.attention_width) + 64
+
+    def audited_bytes(self) -> int:
+        """Bytes held for one audited token: its logits and probabilities, and what computing them takes."""
+        wide = max(self.element, 4)
+        return 5 * wide * self.vocabulary
+
+    def row_bytes(self, length: int) -> int:
+        """Bytes of temporaries of one row of a micro-batch while a layer runs."""
+        experts = self.top_k * (2 * self.hidden + 2 * self.expert_width)
+        return (
+            self.element * (8 * self.hidden + self.attention_width + experts)
+            + 64
+            + (0 if self.device == "cpu" else 3 * self.element * self.heads * length)
+        )
+
+
+def working_bytes(sizes: Sizes, memory: int) -> int:
+    """What is left of the budget for a sweep. Raises ValueError where nothing is."""
+    left = memory - sizes.weights - PROGRAM_BYTES
+    smallest = 64 * 2**20
+    if left < smallest:
+        needed = sizes.weights + PROGRAM_BYTES + smallest
+        raise ValueError(
+            f"engine.memory: {memory / 2**20:,.0f} MiB do not hold the weights ({sizes.weights / 2**20:,.0f} MiB), the program ({PROGRAM_BYTES / 2**20:,.0f} MiB) and a sweep; give at least {needed / 2**20:,.0f} MiB"
+        )
+    return left
+
+
+def micro_batch_for(sizes: Sizes, memory: int, length: int) -> int:
+    """Rows that go through a layer at once: the device's best, or what a third of the working memory holds."""
+    fitting = working_bytes(sizes, memory) // 3 // sizes.row_bytes(length)
+    best = DEFAULT_MICRO_BATCH.get(sizes.device, 2048)
+    return max(SMALLEST_MICRO_BATCH, min(best, int(fitting)))
+
+
+def cost_of(
+    sizes: Sizes,
+    lengths: Sequence[int],
+    positions: Sequence[int],
+    layers: Sequence[int],
+    worlds: float,
+    interventions: Sequence[Intervention],
+    scope: str,
+    identity_every: int,
+) -> Cost:
+    """Cost of auditing ``positions[i]`` tokens of a sequence of ``lengths[i]`` at ``layers``; ``worlds`` per token and layer."""
+    rows, flops = 0.0, 0.0
+    for length, audited in zip(lengths, positions, strict=True):
+        per_token = [2.0 * active + 2.0 * length * sizes.hidden for active in sizes.active]
+        flops += length * sum(per_token)
+        for layer in layers:
+            born = audited * (worlds + 1.0 / identity_every)
+            rows += born
+            # In sequence scope a world is the whole sequence again, whatever is read of it.
+            carried = born if scope == "token" else _sequence_worlds(sizes, length, worlds, interventions) * length
+            flops += carried * sum(per_token[layer:]) + born * 2.0 * sizes.hidden * sizes.vocabulary
+    return Cost(round(rows), flops, round(rows) * BYTES_PER_EFFECT)
+
+
+def _sequence_worlds(sizes: Sizes, length: int, worlds: float, interventions: Sequence[Intervention]) -> float:
+    """Worlds per layer of one sequence: every expert that is active somewhere, at most those there are slots for."""
+    return min(length * worlds, sum(64.0 if i.target.selection == "each" else 1.0 for i in interventions)) + 1.0
+
+
+def _active_parameters(model: MoEModel, layer: int) -> int:
+    total = sum(p.numel() for p in model.layers[layer].parameters())
+    site = model.sites.get(layer)
+    if site is None:
+        return total
+    experts = sum(p.numel() for p in site.experts.parameters())
+    return total - experts + experts * site.top_k // site.num_experts

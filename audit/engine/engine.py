@@ -1,0 +1,290 @@
+"""The engine as its users see it: effects of interventions on token sequences as Arrow tables, within a memory budget."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+
+from audit.calibration import Calibration
+from audit.corpus import TokenSequence
+from audit.engine.cost import (
+    MOST_CLEAN_ROWS,
+    SMALLEST_MICRO_BATCH,
+    Cost,
+    Sizes,
+    cost_of,
+    micro_batch_for,
+    working_bytes,
+)
+from audit.engine.observe import observe
+from audit.engine.oracle import oracle
+from audit.engine.result import Request, Result
+from audit.engine.suffix import suffix
+from audit.engine.sweep import sweep, worlds_per_row
+from audit.engine.tables import effect_table, token_table
+from audit.interventions import NEEDS_CALIBRATION, Intervention, Scope
+from audit.models.loading import MoEModel
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Measurement:
+    """What :meth:`Engine.measure` found, and how it was found."""
+
+    tokens: pa.Table
+    effects: pa.Table
+    method: str  # sweep, suffix or oracle
+    micro_batch: int  # rows that went through a layer at once, after halvings
+    halvings: int = 0  # how often memory ran out
+    skipped: int = 0  # targets with nothing to act upon or without calibration
+    routing_changes: dict[int, tuple[int, int]] = field(
+        default_factory=dict
+    )  # layer: identity rows, those routed otherwise above
+
+
+class Engine:
+    """Measures effects with one loaded model.
+
+    ``memory`` (bytes) bounds weights, program and working memory together; ``micro_batch`` is derived from it unless given.
+    ``method``: ``auto`` takes the sweep where the model allows it, ``oracle`` one whole forward per effect.
+    ``seed`` decides the draws of ``resample``. Raises ValueError where the budget is too small.
+    """
+
+    def __init__(
+        self,
+        model: MoEModel,
+        *,
+        memory: int = 2 * 2**30,
+        micro_batch: int | None = None,
+        identity_every: int = 8,
+        seed: int = 0,
+        method: str = "auto",
+    ) -> None:
+        if method == "sweep" and model.description.engine != "sweep":
+            raise ValueError(
+                f"engine.method: 'sweep' is not possible, {model.description.engine_reason}; use auto or oracle"
+            )
+        self.model, self.memory, self.identity_every, self.seed = model, memory, identity_every, seed
+        self.method = model.description.engine if method == "auto" else method
+        self.sizes = Sizes(model)
+        self._working = working_bytes(self.sizes, memory)
+        self._micro_batch = micro_batch
+
+    def micro_batch(self, length: int) -> int:
+        """Rows that go through a layer at once for sequences of up to ``length`` tokens."""
+        return self._micro_batch or micro_batch_for(self.sizes, self.memory, length)
+
+    def measure(
+        self,
+        sequences: Sequence[TokenSequence],
+        positions: Sequence[NDArray[np.int64]],
+        *,
+        layers: Sequence[int],
+        interventions: Sequence[Intervention],
+        scope: Scope = "token",
+        all_positions: bool = False,
+        calibration: Calibration | None = None,
+    ) -> Measurement:
+        """Effects of every intervention at every layer on the given positions of each sequence.
+
+        The tables' schemas are ``audit.effects.EFFECTS`` and ``TOKENS``. Raises ValueError for what cannot be measured.
+        """
+        self._check(sequences, positions, layers, interventions, calibration)
+        longest = max((len(s.token_ids) for s in sequences), default=1)
+        micro_batch, halvings, skipped = self.micro_batch(longest), 0, 0
+        tokens: list[pa.Table] = []
+        effects: list[pa.Table] = []
+        changes: dict[int, tuple[int, int]] = {}
+        placed = calibration.to(self.model.device) if calibration is not None else None
+        for batch, at in self._sweeps(sequences, positions, layers, interventions, micro_batch, scope):
+            request = self._request(batch, at, layers, interventions, scope, all_positions, placed)
+            while True:
+                try:
+                    result = self._run(request, micro_batch)
+                    break
+                except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+                    if not _out_of_memory(error) or micro_batch <= SMALLEST_MICRO_BATCH:
+                        raise
+                micro_batch, halvings = micro_batch // 2, halvings + 1
+                log.warning("out of memory: going on with micro-batches of %d rows", micro_batch)
+                if self.model.device.type == "cuda":
+                    torch.cuda.empty_cache()
+            effects.append(effect_table(result, request, batch))
+            tokens.append(token_table(result, request, batch))
+            skipped += result.skipped
+            _count_changes(result, changes)
+        method = self.method if self.method == "oracle" or scope == "token" else "suffix"
+        return Measurement(
+            pa.concat_tables(tokens), pa.concat_tables(effects), method, micro_batch, halvings, skipped, changes
+        )
+
+    def observe(
+        self,
+        sequences: Sequence[TokenSequence],
+        *,
+        domains: Sequence[str] | None = None,
+        stored_outputs: int | None = None,
+    ) -> Calibration:
+        """Observations of the experts on clean tokens; with ``stored_outputs`` also that many outputs per expert for ``resample``."""
+        names = sorted({s.domain for s in sequences}) if domains is None else domains
+        return observe(self.model, sequences, names, stored_outputs=stored_outputs, seed=self.seed)
+
+    def cost(
+        self,
+        lengths: Sequence[int],
+        positions: Sequence[int],
+        layers: Sequence[int],
+        interventions: Sequence[Intervention],
+        scope: Scope = "token",
+    ) -> Cost:
+        """What measuring ``positions[i]`` tokens of sequences of ``lengths[i]`` tokens will take, before it runs."""
+        worlds = float(sum(worlds_per_row(i, self.sizes.top_k) for i in interventions))
+        return cost_of(self.sizes, lengths, positions, layers, worlds, interventions, scope, self.identity_every)
+
+    # ---- one sweep --------------------------------------------------------------------------------------------------
+
+    def _run(self, request: Request, micro_batch: int) -> Result:
+        with self.model.kernels():
+            if self.method == "oracle":
+                return oracle(self.model, request)
+            return (
+                sweep(self.model, request, micro_batch)
+                if request.scope == "token"
+                else suffix(self.model, request, micro_batch)
+            )
+
+    def _request(
+        self,
+        sequences: Sequence[TokenSequence],
+        positions: Sequence[NDArray[np.int64]],
+        layers: Sequence[int],
+        interventions: Sequence[Intervention],
+        scope: Scope,
+        all_positions: bool,
+        calibration: Calibration | None,
+    ) -> Request:
+        device = self.model.device
+        lengths = [len(s.token_ids) for s in sequences]
+        starts = np.concatenate([[0], np.cumsum(lengths)[:-1]]).astype(np.int64)
+        rows = np.concatenate([start + at for start, at in zip(starts, positions, strict=True)])
+        sequence_T = np.concatenate(
+            [np.full(n, s.index, dtype=np.int64) for n, s in zip(lengths, sequences, strict=True)]
+        )
+        position_T = np.concatenate([np.arange(n, dtype=np.int64) for n in lengths])
+        return Request(
+            [torch.from_numpy(s.token_ids).to(device) for s in sequences],
+            torch.from_numpy(rows).to(device),
+            (torch.from_numpy(sequence_T).to(device), torch.from_numpy(position_T).to(device)),
+            frozenset(layers),
+            interventions,
+            scope,
+            all_positions,
+            self.identity_every,
+            calibration,
+            self.seed,
+        )
+
+    def _sweeps(
+        self,
+        sequences: Sequence[TokenSequence],
+        positions: Sequence[NDArray[np.int64]],
+        layers: Sequence[int],
+        interventions: Sequence[Intervention],
+        micro_batch: int,
+        scope: Scope,
+    ) -> Iterator[tuple[list[TokenSequence], list[NDArray[np.int64]]]]:
+        """Several short sequences in one sweep, the positions of a long one in several, as the working memory allows."""
+        sizes = self.sizes
+        worlds = sum(worlds_per_row(i, sizes.top_k) for i in interventions) + 1.0 / self.identity_every
+        per_position = sizes.audited_bytes() + sizes.virtual_bytes() * worlds * (len(layers) if scope == "token" else 4)
+        clean = sizes.clean_bytes() * (1 if scope == "token" else len(self.model.layers))
+        batch: list[TokenSequence] = []
+        at: list[NDArray[np.int64]] = []
+        clean_rows = audited = 0
+        for sequence, rows in zip(sequences, positions, strict=True):
+            T = len(sequence.token_ids)
+            left = self._working - micro_batch * sizes.row_bytes(T)
+            most = int((left - T * clean) // per_position)
+            if most < 1:
+                needed = (T * clean + per_position + micro_batch * sizes.row_bytes(T)) + self.memory - self._working
+                raise ValueError(
+                    f"engine.memory: {self.memory / 2**20:,.0f} MiB do not hold one token of a sequence of {T}; give at least {needed / 2**20:,.0f} MiB or shorter sequences"
+                )
+            for part in np.array_split(rows, -(-len(rows) // most)) if len(rows) else []:
+                fits = (clean_rows + T) * clean + (
+                    audited + len(part)
+                ) * per_position <= left and clean_rows + T <= MOST_CLEAN_ROWS
+                if batch and (not fits or batch[-1] is sequence):
+                    yield batch, at
+                    batch, at, clean_rows, audited = [], [], 0, 0
+                batch.append(sequence)
+                at.append(part)
+                clean_rows, audited = clean_rows + T, audited + len(part)
+        if batch:
+            yield batch, at
+
+    def _check(
+        self,
+        sequences: Sequence[TokenSequence],
+        positions: Sequence[NDArray[np.int64]],
+        layers: Sequence[int],
+        interventions: Sequence[Intervention],
+        calibration: Calibration | None,
+    ) -> None:
+        description, limit = self.model.description, self.model.description.context_limit
+        if len(positions) != len(sequences) or not sum(len(at) for at in positions):
+            raise ValueError(
+                f"positions: {sum(len(at) for at in positions)} positions for {len(sequences)} sequences; every sequence needs its list, and one must not be empty"
+            )
+        for sequence, at in zip(sequences, positions, strict=True):
+            T = len(sequence.token_ids)
+            if limit is not None and limit < T:
+                raise ValueError(
+                    f"sequences: sequence {sequence.index} has {T} tokens, the model reads at most {limit}; split it"
+                )
+            if len(at) and (at[0] < 0 or at[-1] >= T or (np.diff(at) <= 0).any()):
+                raise ValueError(
+                    f"positions: those of sequence {sequence.index} must be ascending and lie in 0 to {T - 1}"
+                )
+        for layer in layers:
+            if layer not in self.model.sites:
+                raise ValueError(
+                    f"layers: {layer} is not an MoE layer; those are {', '.join(map(str, description.moe_layers))}"
+                )
+        for intervention in interventions:
+            for layer in layers:
+                site = self.model.sites[layer]
+                intervention.check(site.top_k, site.num_experts, site.shared is not None)
+            if intervention.kind == "reroute" and self.model.reroute_refused:
+                raise ValueError(f"intervention.kind: reroute is refused for this model, {self.model.reroute_refused}")
+            if intervention.kind in NEEDS_CALIBRATION and calibration is None:
+                raise ValueError(
+                    f"intervention.kind: {intervention.kind} needs a calibration; pass what Engine.observe returned"
+                )
+            if intervention.kind == "resample" and calibration is not None and calibration.stored is None:
+                raise ValueError("intervention.kind: resample needs stored outputs; observe with stored_outputs=256")
+
+
+def _count_changes(result: Result, changes: dict[int, tuple[int, int]]) -> None:
+    first = 0
+    for effect in result.effects:
+        end = first + len(effect.worlds)
+        if effect.worlds.identity:
+            rows, otherwise = changes.get(effect.layer, (0, 0))
+            changes[effect.layer] = (rows + end - first, otherwise + int(result.changed_P[first:end].sum()))
+        first = end
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "can't allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+from cluster.ledger import Ledger
+from cluster.tasks import Task
+
+
+def make_ledger(*flops: float, done: tuple[str, ...] = (), max_attempts: int = 3) -> Ledger:
+    tasks = [Task(id=f"t{i}", kind="measure", flops=cost) for i, cost in enumerate(flops)]
+    return Ledger(tasks, set(done), max_attempts)
+
+
+def take(ledger: Ledger) -> str:
+    taken = ledger.take()
+    assert taken is not None
+    return taken[0].id
+
+
+def test_the_longest_task_comes_first_and_done_ones_not_at_all() -> None:
+    ledger = make_ledger(1, 5, 3, 5, done=("t2",))
+    assert [take(ledger), take(ledger), take(ledger)] == ["t1", "t3", "t0"]
+    assert ledger.take() is None
+    assert ledger.finished() == {"t2"}
+    assert not ledger.complete
+
+
+def test_a_task_is_complete_only_when_committed() -> None:
+    ledger = make_ledger(1)
+    ledger.answer(take(ledger))
+    assert ledger.unfinished == 0
+    assert not ledger.complete
+    ledger.commit(["t0"])
+    assert ledger.complete
+
+
+def test_errors_are_tried_again_up_to_the_limit_and_attempts_are_counted() -> None:
+    ledger = make_ledger(1, max_attempts=3)
+    attempts = []
+    for _ in range(3):
+        taken = ledger.take()
+        assert taken is not None
+        attempts.append(taken[1])
+        quarantined = ledger.fail("t0", "broken", replica_lost=False)
+    assert attempts == [1, 2, 3]
+    assert quarantined
+    assert ledger.quarantined == {"t0": "broken"}
+    assert ledger.complete
+
+
+def test_after_its_second_loss_a_task_runs_last_and_alone() -> None:
+    ledger = make_ledger(9, 2, 1)
+    for expected in ("t0", "t1", "t2"):
+        assert take(ledger) == expected
+    ledger.fail("t0", "lost", replica_lost=True)
+    assert take(ledger) == "t0"  # once may be bad luck
+    ledger.fail("t0", "lost", replica_lost=True)
+    ledger.fail("t2", "raised", replica_lost=False)
+    assert take(ledger) == "t2"
+    ledger.answer("t2")
+    assert ledger.take() is None  # t1 still runs
+    ledger.answer("t1")
+    assert take(ledger) == "t0"
+    assert ledger.take() is None
+
+
+def test_interruptions_without_guilt_count_no_attempt() -> None:
+    ledger = make_ledger(2, 1)
+    take(ledger)
+    ledger.put_back("t0")
+    taken = ledger.take()
+    assert taken is not None
+    assert (taken[0].id, taken[1]) == ("t0", 1)
+    ledger.answer("t0")
+    ledger.forget(["t0"])  # its result was lost
+    assert ledger.finished() == set()
+    assert [take(ledger), take(ledger)] == ["t1", "t0"]
