@@ -2,7 +2,7 @@
 
 >>> import audit
 >>> model = audit.load("demo")
->>> effects = audit.effects(model, "def double(x):\\n    return 2 * x\\n", layers=[2])
+>>> effects = audit.measure(model, "def double(x):\\n    return 2 * x\\n", layers=[2])
 >>> effects.to_pandas()[["position", "expert", "kl", "delta_loss"]]  # doctest: +SKIP
 """
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from audit.engine.validate import load, validate
     from audit.interventions import Intervention, Target
     from audit.models import ModelDescription, ModelError, MoEModel, describe, prepare
-    from audit.notebook import calibrate, effects, sequences
+    from audit.notebook import calibrate, measure, sequences
 
 # Where each name lives. Loaded at first use: reading a specification or a result table should not load torch.
 _HOMES = {
@@ -31,7 +31,7 @@ _HOMES = {
     "Target": "audit.interventions",
     "calibrate": "audit.notebook",
     "describe": "audit.models",
-    "effects": "audit.notebook",
+    "measure": "audit.notebook",
     "load": "audit.engine.validate",
     "prepare": "audit.models",
     "sequences": "audit.notebook",
@@ -49,8 +49,8 @@ __all__ = [
     "Target",
     "calibrate",
     "describe",
-    "effects",
     "load",
+    "measure",
     "prepare",
     "sequences",
     "validate",

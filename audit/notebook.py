@@ -17,7 +17,7 @@ from audit.models import MoEModel
 Text = str | Sequence[int]
 
 
-def effects(
+def measure(
     model: MoEModel,
     text: Text | Sequence[Text],
     *,

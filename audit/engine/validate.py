@@ -64,7 +64,7 @@ def validate(model: MoEModel) -> MoEModel:
 
 
 def _probe_sequence(model: MoEModel) -> TokenSequence:
-    vocabulary = int(text_config(model.module.config).vocab_size)  # type: ignore[arg-type]
+    vocabulary = int(text_config(model.module.config).vocab_size)
     ids = torch.randint(0, vocabulary, (_PROBE_TOKENS,), generator=torch.Generator().manual_seed(1)).numpy()
     zeros = np.zeros(_PROBE_TOKENS, dtype=np.int32)
     return TokenSequence(0, 0, "probe", ids, zeros, zeros.astype(np.bool_))

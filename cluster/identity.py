@@ -1,0 +1,53 @@
+"""What identifies a run besides its specification: the weights, the versions of what computes, the code's revision."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import platform
+import subprocess
+from pathlib import Path
+
+import torch
+from torch import nn
+
+import audit
+
+# Another version of one of these may compute other bits.
+BINDING = ("torch", "transformers")
+RECORDED = ("numpy", "pyarrow", "ray", "tokenizers", "moe-audit")
+
+
+def weights_digest(module: nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of all parameters and buffers, as they are computed with."""
+    state = hashlib.sha256()
+    for name, tensor in sorted(module.state_dict().items()):
+        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return state.hexdigest()
+
+
+def versions(names: tuple[str, ...]) -> dict[str, str]:
+    """Installed versions by distribution name; what runs from a source tree without being installed is left out."""
+    found = {distribution.metadata["Name"].lower(): distribution.version for distribution in importlib.metadata.distributions()}
+    return {name: found[name] for name in names if name in found}
+
+
+def environment() -> dict[str, object]:
+    """Versions, platform and the code's git revision, where it runs from a checkout of its own."""
+    root = Path(audit.__file__).resolve().parents[1]
+    revision = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no") if revision else None
+    return {
+        "versions": {"python": platform.python_version(), **versions((*BINDING, *RECORDED))},
+        "platform": platform.platform(),
+        "git_revision": None if revision is None else revision + ("+changes" if changed else ""),
+    }
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    try:
+        found = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return found.stdout.strip()

@@ -1,0 +1,160 @@
+"""The plan: from a specification to a job, with every choice that decides bits made once, and the work cut into tasks.
+
+The cut depends on the specification, the corpus and predicted costs alone, never on the number of replicas or on how
+fast this machine is today: then any number of replicas, and any order of completion, gives the same tables.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
+from typing import Any
+
+import numpy as np
+import transformers
+from numpy.typing import NDArray
+
+from audit.config import AuditConfig, ConfigError, audited_layers, check_against
+from audit.corpus import Corpus, TokenSequence, build_corpus, sample_positions
+from audit.engine import Engine
+from audit.interventions import NEEDS_CALIBRATION
+from audit.models import MoEModel, load_model
+from cluster.driver import Policy
+from cluster.engine_worker import EngineWorker, load_engine
+from cluster.identity import BINDING, environment, versions, weights_digest
+from cluster.run import Job, identity_of
+from cluster.session import cores
+from cluster.tasks import Task, digest
+
+# Floating-point operations a second that a replica is taken to do, per CPU thread or per device. They size tasks and
+# guess the time before a run; what is shown while it runs is measured.
+NOMINAL_FLOPS = {"cpu": 20e9, "cuda": 20e12}
+# A small run is cut into this many tasks at least, so that it can be spread and its progress be seen.
+FEWEST_TASKS = 32
+
+Positions = NDArray[np.int64]
+
+
+def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> Job:
+    """Think a run through; nothing is written. ``resolved``: the choices of the run that is to be resumed.
+
+    Raises ConfigError, ModelError or another ValueError, one sentence, for what cannot be done.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    model, engine = load_engine(config, resolved)
+    resolved = {
+        "method": engine.method,
+        "experts": model.experts_path,
+        "linear": model.linear_path,
+        "device": str(model.device),
+        "micro_batch": engine.micro_batch(config.corpus.max_tokens),
+    }
+    check_against(config, model.description)
+    corpus = build_corpus(config.corpus, model.tokenizer, model.description.context_limit, config.folder)
+    planner = Planner(config, engine, corpus)
+    stages = planner.stages()
+    information = {
+        "specification": config.resolved(),
+        "environment": environment(),
+        "model": asdict(model.description),
+        "corpus": {"counts": corpus.counts, "summary": corpus.summary(), "domains": corpus.domains},
+        "seeds": {"split": config.seed, "positions": config.seed, "engine": config.seed},
+        "plan": [{"stage": s, "tasks": len(t), "rows": sum(x.rows for x in t), "flops": sum(x.flops for x in t)} for s, t in stages],
+        "predicted": {"bytes": planner.bytes, "replica_seconds": planner.seconds(stages)},
+    }
+    identity = {
+        "specification": identity_of(config.resolved()),
+        "model": {"weights": weights_digest(model.module)},
+        "corpus": {"digest": corpus.digest},
+        "versions": versions(BINDING),
+        "resolved": resolved,
+        "plan": {stage: digest(tasks) for stage, tasks in stages},
+    }
+    on_gpu = model.device.type == "cuda"
+    return Job(
+        stages=stages,
+        identity=identity,
+        information=information,
+        make_worker=partial(EngineWorker, config, resolved, tuple(corpus.domains)),
+        replicas=_replicas(config, on_gpu),
+        cpus_per_replica=config.engine.threads,
+        gpus_per_replica=1 if on_gpu else 0,
+        policy=Policy(max_attempts=config.cluster.max_attempts, hang_seconds=config.cluster.hang_minutes * 60),
+    )
+
+
+class Planner:
+    """Cuts one specification's work into tasks."""
+
+    def __init__(self, config: AuditConfig, engine: Engine, corpus: Corpus) -> None:
+        self._config, self._engine = config, engine
+        self._calibration, self._audited = corpus.split(config.calibration.share, config.calibration.documents, config.seed)
+        where = config.positions
+        self._positions = sample_positions(
+            self._audited, where.sample, config.seed, where.include_first, where.include_special
+        )
+        self._layers = audited_layers(config, engine.model.description)
+        self._interventions = config.build_interventions()
+        device = engine.model.device.type
+        self._flops_per_second = NOMINAL_FLOPS.get(device, NOMINAL_FLOPS["cpu"]) * (config.engine.threads if device == "cpu" else 1)
+        self._target = config.cluster.task_minutes * 60 * self._flops_per_second
+        self.bytes = 0
+
+    def seconds(self, stages: Sequence[tuple[str, Sequence[Task]]]) -> float:
+        """What one replica is predicted to need."""
+        return sum(task.flops for _, tasks in stages for task in tasks) / self._flops_per_second
+
+    def stages(self) -> list[tuple[str, list[Task]]]:
+        """Observe, merge, measure; Raises ConfigError where no position is left to audit."""
+        if not sum(map(len, self._positions)):
+            raise ConfigError("positions: the audited documents have no eligible position; include_first or a larger corpus gives some")
+        observe = self._observe("calibration", self._calibration)
+        if self._config.calibration.metrics_from == "audited":
+            observe += self._observe("audited", self._audited)
+        merge = [
+            Task(id=f"merge-{part}", kind="merge", inputs=inputs)
+            for part in ("calibration", "audited")
+            if (inputs := tuple(task.id for task in observe if task.id.startswith(f"observe-{part}-")))
+        ]
+        return [("calibration", observe), ("merge", merge), ("effects", self._measure())]
+
+    def _observe(self, part: str, sequences: Sequence[TokenSequence]) -> list[Task]:
+        def cost(sequence: TokenSequence) -> float:  # every layer runs twice: with its experts and without
+            return 2 * self._engine.cost([len(sequence)], [0], (), ()).flops
+
+        groups = list(_pack(sequences, [cost(sequence) for sequence in sequences], self._target))
+        return [
+            Task(
+                id=f"observe-{part}-{number:06d}",
+                kind="observe",
+                sequences=group,
+                rows=sum(map(len, group)),
+                flops=sum(map(cost, group)),
+            )
+            for number, group in enumerate(groups)
+        ]
+
+    def _measure(self) -> list[Task]:
+        pieces = [piece for s, at in zip(self._audited, self._positions, strict=True) if len(at) for piece in self._pieces(s, at)]
+        needs = any(intervention.kind in NEEDS_CALIBRATION for intervention in self._interventions)
+        tasks: list[Task] = []
+        for group in _pack(pieces, [piece[3].flops for piece in pieces], self._target):
+            costs = [cost for _, _, _, cost in group]
+            self.bytes += sum(cost.bytes for cost in costs)
+            tasks.append(
+                Task(
+                    id=f"effects-{len(tasks):06d}",
+                    kind="measure",
+                    sequences=[sequence for sequence, _, _, _ in group],
+                    positions=[at for _, at, _, _ in group],
+                    layers=group[0][2],
+                    interventions=self._interventions,
+                    tokens=group[0][2][0] == self._layers[0],
+                    inputs=("merge-calibration",) if needs else (),
+                    rows=sum(cost.rows for cost in costs),
+                    flops=sum(cost.flops for cost in costs),
+                )
+            )
+        return tasks
