@@ -108,8 +108,13 @@ class RunFolder:
         if not self.is_local:
             yield
             return
-        self._fs.makedirs(self._root, exist_ok=True)
-        with open(self.path("lock"), "a+") as handle:
+        try:
+            self._fs.makedirs(self._root, exist_ok=True)
+            handle = open(self.path("lock"), "a+")  # noqa: SIM115 -- closed below
+        except OSError as error:
+            reason = error.strerror
+            raise RunFolderError(f"--out: {self.url} cannot be written ({reason}); name a folder that can") from error
+        with handle:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -171,20 +176,22 @@ class RunFolder:
 
     def append(self, name: str, record: Mapping[str, Any]) -> None:
         """Add one line to a JSON-lines file."""
-        line = "\n" + json.dumps(record, default=str) + "\n"  # begins afresh even where a crash cut a line off
+        line = (json.dumps(record, default=str) + "\n").encode()
         if self.is_local:
-            with open(self.path(name), "a", encoding="utf-8") as handle:
+            with open(self.path(name), "ab+") as handle:
+                if handle.tell() and not self._fs.cat_file(self.path(name), start=-1).endswith(b"\n"):
+                    handle.write(b"\n")  # a crash cut the line before off
                 handle.write(line)
         else:  # object stores cannot append
             before = self._fs.cat_file(self.path(name)) if self._fs.exists(self.path(name)) else b""
-            self._fs.pipe_file(self.path(name), before + line.encode())
+            self._fs.pipe_file(self.path(name), before + line)
 
     def lines(self, name: str) -> list[dict[str, Any]]:
         """The records of a JSON-lines file; a line cut off by a crash is left out."""
         if not self._fs.exists(self.path(name)):
             return []
         records: list[dict[str, Any]] = []
-        for line in filter(None, self._fs.cat_file(self.path(name)).decode("utf-8").splitlines()):
+        for line in self._fs.cat_file(self.path(name)).decode("utf-8").splitlines():
             with suppress(json.JSONDecodeError):
                 records.append(json.loads(line))
         return records

@@ -103,13 +103,13 @@ class LineDisplay:
 class BarDisplay:
     """One bar for the running stage, with rate and time left."""
 
-    def __init__(self, stream: TextIO) -> None:
+    def __init__(self, console: Console) -> None:
         self._progress = Progress(
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
             _Figures(),
-            console=Console(file=stream),
+            console=console,
             transient=True,
             redirect_stdout=False,
             redirect_stderr=False,
@@ -139,5 +139,5 @@ def make_display(kind: Literal["auto", "bar", "lines", "none"], stream: TextIO |
     if kind == "none":
         return NoDisplay()
     if kind == "bar" or (kind == "auto" and stream.isatty()):
-        return BarDisplay(stream)
+        return BarDisplay(Console(file=stream))
     return LineDisplay(stream)

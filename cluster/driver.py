@@ -56,7 +56,7 @@ class Policy:
     hang_seconds: float = 1800.0
     commit_results: int = 64
     commit_bytes: int = 256 << 20
-    commit_seconds: float = 60.0
+    commit_seconds: float = 30.0
     relaunch_seconds: float = 1.0  # pause before a replacement, times the losses in a row
 
 
@@ -113,13 +113,13 @@ class Driver:
     def run(self, stage: str, tasks: Sequence[Task], done: set[str]) -> Ledger:
         """Bring every task to a manifest or into quarantine; raises RunError, or Stopped when asked to stop."""
         ledger = Ledger(tasks, done, self._policy.max_attempts)
-        meter = Meter(ledger, self._clock())
+        meter = Meter(ledger)
         while not ledger.complete:
             if self._stop():
                 self._commit_everything(ledger)
                 self._report(stage, ledger, meter, always=True)
                 raise Stopped
-            self._fill_seats(ledger)
+            self._fill_seats(ledger, meter)
             self._collect(ledger)
             self._commit_when_due(ledger)
             self._report(stage, ledger, meter)
@@ -134,7 +134,7 @@ class Driver:
 
     # Replicas and their tasks ----------------------------------------------------------------------------------------
 
-    def _fill_seats(self, ledger: Ledger) -> None:
+    def _fill_seats(self, ledger: Ledger, meter: Meter) -> None:
         now = self._clock()
         wanted = sum(seat.replica is not None for seat in self._seats)
         for seat in self._seats:
@@ -144,6 +144,7 @@ class Driver:
                 seat.handle, seat.since = seat.replica.ping(), now
             elif seat.replica is not None and seat.handle is None and (taken := ledger.take()):
                 seat.task, attempt = taken
+                meter.begin(now)
                 seat.handle, seat.since = seat.replica.submit(seat.task, attempt), now
 
     def _collect(self, ledger: Ledger) -> None:

@@ -29,7 +29,10 @@ def weights_digest(module: nn.Module) -> str:
 
 def versions(names: tuple[str, ...]) -> dict[str, str]:
     """Installed versions by distribution name; what runs from a source tree without being installed is left out."""
-    found = {distribution.metadata["Name"].lower(): distribution.version for distribution in importlib.metadata.distributions()}
+    found = {
+        distribution.metadata["Name"].lower(): distribution.version
+        for distribution in importlib.metadata.distributions()
+    }
     return {name: found[name] for name in names if name in found}
 
 
@@ -47,7 +50,9 @@ def environment() -> dict[str, object]:
 
 def _git(root: Path, *arguments: str) -> str | None:
     try:
-        found = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True)
+        found = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=10, check=True
+        )
     except (OSError, subprocess.SubprocessError):
         return None
     return found.stdout.strip()

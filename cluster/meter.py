@@ -9,13 +9,19 @@ from cluster.ledger import Ledger
 class Meter:
     """Measures what this process does; what an earlier one committed counts as done, not as speed."""
 
-    def __init__(self, ledger: Ledger, now: float) -> None:
-        self._start = self._latest = now
+    def __init__(self, ledger: Ledger) -> None:
+        self._start: float | None = None
+        self._latest = 0.0
         self._before = ledger.finished()
         self._seen = set(self._before)
         self._rows, self._cost = self._sums(ledger, self._before)
         self._rows_before, self._cost_before = self._rows, self._cost
         self._total = self._sums(ledger, set(ledger.tasks))[1]
+
+    def begin(self, now: float) -> None:
+        """A task starts; before the first one replicas were loading, which is no part of the rate."""
+        if self._start is None:
+            self._start = self._latest = now
 
     @staticmethod
     def _sums(ledger: Ledger, ids: set[str]) -> tuple[int, float]:
@@ -27,7 +33,8 @@ class Meter:
         if finished != self._seen:  # the rate is that up to the latest answer: it does not sink while a task runs
             self._latest, self._seen = now, finished
             self._rows, self._cost = self._sums(ledger, finished)
-        seconds, worked = self._latest - self._start, self._cost > self._cost_before
+        seconds = self._latest - (self._latest if self._start is None else self._start)
+        worked = self._cost > self._cost_before
         gone = self._sums(ledger, set(ledger.quarantined))[1]
         left = self._total - gone - self._cost
         return Status(

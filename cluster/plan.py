@@ -6,21 +6,22 @@ fast this machine is today: then any number of replicas, and any order of comple
 
 from __future__ import annotations
 
-import os
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
-from typing import Any
+from itertools import groupby
+from typing import Any, TypeVar
 
 import numpy as np
+import torch
 import transformers
 from numpy.typing import NDArray
 
 from audit.config import AuditConfig, ConfigError, audited_layers, check_against
 from audit.corpus import Corpus, TokenSequence, build_corpus, sample_positions
-from audit.engine import Engine
+from audit.engine import Cost, Engine
 from audit.interventions import NEEDS_CALIBRATION
-from audit.models import MoEModel, load_model
 from cluster.driver import Policy
 from cluster.engine_worker import EngineWorker, load_engine
 from cluster.identity import BINDING, environment, versions, weights_digest
@@ -61,7 +62,10 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
         "model": asdict(model.description),
         "corpus": {"counts": corpus.counts, "summary": corpus.summary(), "domains": corpus.domains},
         "seeds": {"split": config.seed, "positions": config.seed, "engine": config.seed},
-        "plan": [{"stage": s, "tasks": len(t), "rows": sum(x.rows for x in t), "flops": sum(x.flops for x in t)} for s, t in stages],
+        "plan": [
+            {"stage": s, "tasks": len(t), "rows": sum(x.rows for x in t), "flops": sum(x.flops for x in t)}
+            for s, t in stages
+        ],
         "predicted": {"bytes": planner.bytes, "replica_seconds": planner.seconds(stages)},
     }
     identity = {
@@ -85,12 +89,24 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
     )
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """The least that a measuring task can be made of."""
+
+    sequence: TokenSequence
+    positions: Positions
+    layers: tuple[int, ...]
+    cost: Cost
+
+
 class Planner:
     """Cuts one specification's work into tasks."""
 
     def __init__(self, config: AuditConfig, engine: Engine, corpus: Corpus) -> None:
         self._config, self._engine = config, engine
-        self._calibration, self._audited = corpus.split(config.calibration.share, config.calibration.documents, config.seed)
+        self._calibration, self._audited = corpus.split(
+            config.calibration.share, config.calibration.documents, config.seed
+        )
         where = config.positions
         self._positions = sample_positions(
             self._audited, where.sample, config.seed, where.include_first, where.include_special
@@ -98,7 +114,9 @@ class Planner:
         self._layers = audited_layers(config, engine.model.description)
         self._interventions = config.build_interventions()
         device = engine.model.device.type
-        self._flops_per_second = NOMINAL_FLOPS.get(device, NOMINAL_FLOPS["cpu"]) * (config.engine.threads if device == "cpu" else 1)
+        self._flops_per_second = NOMINAL_FLOPS.get(device, NOMINAL_FLOPS["cpu"]) * (
+            config.engine.threads if device == "cpu" else 1
+        )
         self._target = config.cluster.task_minutes * 60 * self._flops_per_second
         self.bytes = 0
 
@@ -107,9 +125,9 @@ class Planner:
         return sum(task.flops for _, tasks in stages for task in tasks) / self._flops_per_second
 
     def stages(self) -> list[tuple[str, list[Task]]]:
-        """Observe, merge, measure; Raises ConfigError where no position is left to audit."""
+        """Observe, merge, effects: what a task's id begins with. Raises ConfigError where nothing is left to audit."""
         if not sum(map(len, self._positions)):
-            raise ConfigError("positions: the audited documents have no eligible position; include_first or a larger corpus gives some")
+            raise ConfigError("positions: the audited documents have no eligible position; use a larger corpus")
         observe = self._observe("calibration", self._calibration)
         if self._config.calibration.metrics_from == "audited":
             observe += self._observe("audited", self._audited)
@@ -118,13 +136,13 @@ class Planner:
             for part in ("calibration", "audited")
             if (inputs := tuple(task.id for task in observe if task.id.startswith(f"observe-{part}-")))
         ]
-        return [("calibration", observe), ("merge", merge), ("effects", self._measure())]
+        return [("observe", observe), ("merge", merge), ("effects", self._measure())]
 
     def _observe(self, part: str, sequences: Sequence[TokenSequence]) -> list[Task]:
         def cost(sequence: TokenSequence) -> float:  # every layer runs twice: with its experts and without
             return 2 * self._engine.cost([len(sequence)], [0], (), ()).flops
 
-        groups = list(_pack(sequences, [cost(sequence) for sequence in sequences], self._target))
+        groups = _pack(sequences, cost, self._target)
         return [
             Task(
                 id=f"observe-{part}-{number:06d}",
@@ -137,24 +155,72 @@ class Planner:
         ]
 
     def _measure(self) -> list[Task]:
-        pieces = [piece for s, at in zip(self._audited, self._positions, strict=True) if len(at) for piece in self._pieces(s, at)]
+        audited = zip(self._audited, self._positions, strict=True)
+        pieces = [
+            piece for sequence, positions in audited if len(positions) for piece in self._pieces(sequence, positions)
+        ]
+        self.bytes = sum(piece.cost.bytes for piece in pieces)
         needs = any(intervention.kind in NEEDS_CALIBRATION for intervention in self._interventions)
-        tasks: list[Task] = []
-        for group in _pack(pieces, [piece[3].flops for piece in pieces], self._target):
-            costs = [cost for _, _, _, cost in group]
-            self.bytes += sum(cost.bytes for cost in costs)
-            tasks.append(
-                Task(
-                    id=f"effects-{len(tasks):06d}",
-                    kind="measure",
-                    sequences=[sequence for sequence, _, _, _ in group],
-                    positions=[at for _, at, _, _ in group],
-                    layers=group[0][2],
-                    interventions=self._interventions,
-                    tokens=group[0][2][0] == self._layers[0],
-                    inputs=("merge-calibration",) if needs else (),
-                    rows=sum(cost.rows for cost in costs),
-                    flops=sum(cost.flops for cost in costs),
-                )
+        groups = [
+            group
+            for _, same_layers in groupby(pieces, key=lambda piece: piece.layers)
+            for group in _pack(list(same_layers), lambda piece: piece.cost.flops, self._target)
+        ]
+        return [
+            Task(
+                id=f"effects-{number:06d}",
+                kind="measure",
+                sequences=[piece.sequence for piece in group],
+                positions=[piece.positions for piece in group],
+                layers=group[0].layers,
+                interventions=self._interventions,
+                tokens=group[0].layers[0] == self._layers[0],
+                inputs=("merge-calibration",) if needs else (),
+                rows=sum(piece.cost.rows for piece in group),
+                flops=sum(piece.cost.flops for piece in group),
             )
-        return tasks
+            for number, group in enumerate(groups)
+        ]
+
+    def _pieces(self, sequence: TokenSequence, positions: Positions) -> list[_Piece]:
+        """A sequence whole, or cut where it costs more than a task may: by positions, or by layers in sequence scope.
+
+        In sequence scope one forward gives every position, and cutting by positions would run it again for each.
+        """
+        whole = self._piece(sequence, positions, self._layers)
+        parts = math.ceil(whole.cost.flops / self._target)
+        if parts == 1:
+            return [whole]
+        if self._config.scope == "sequence":
+            layers = np.array_split(self._layers, min(parts, len(self._layers)))
+            return [self._piece(sequence, positions, tuple(part.tolist())) for part in layers]
+        return [self._piece(sequence, at, self._layers) for at in np.array_split(positions, min(parts, len(positions)))]
+
+    def _piece(self, sequence: TokenSequence, positions: Positions, layers: tuple[int, ...]) -> _Piece:
+        cost = self._engine.cost([len(sequence)], [len(positions)], layers, self._interventions, self._config.scope)
+        return _Piece(sequence, positions, layers, cost)
+
+
+T = TypeVar("T")
+
+
+def _pack(items: Sequence[T], cost: Callable[[T], float], most: float) -> Iterator[list[T]]:
+    """Neighbours together up to a cost of ``most``, less where that leaves few groups; what costs more is alone."""
+    most = min(most, sum(map(cost, items)) / FEWEST_TASKS)
+    group: list[T] = []
+    held = 0.0
+    for item in items:
+        if group and held + cost(item) > most:
+            yield group
+            group, held = [], 0.0
+        group.append(item)
+        held += cost(item)
+    if group:
+        yield group
+
+
+def _replicas(config: AuditConfig, on_gpu: bool) -> int:
+    """How many replicas are wanted: as many as there are devices, or as many as the cores hold."""
+    if config.cluster.replicas != "auto":
+        return config.cluster.replicas
+    return torch.cuda.device_count() if on_gpu else max(1, cores() // config.engine.threads)

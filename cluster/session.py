@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import logging
 import os
 import secrets
@@ -10,13 +12,15 @@ import signal
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
 import ray
 import ray.data
+
+_SCRATCH = "/tmp/moe-audit-"
 
 
 def cores() -> int:
@@ -39,16 +43,29 @@ def ray_session(cpus: int) -> Iterator[None]:
             with _connected():
                 yield
         else:
-            # AF_UNIX paths end at 107 bytes: Ray's sockets need a shorter folder than TMPDIR may be.
-            scratch = tempfile.mkdtemp(prefix="r", dir="/tmp")
             _use_own_token()
-            try:
-                with _connected(
-                    address="local", num_cpus=max(cores(), cpus) + 1, include_dashboard=False, _temp_dir=scratch
-                ):
-                    yield
-            finally:
-                shutil.rmtree(scratch, ignore_errors=True)
+            local = {"address": "local", "num_cpus": max(cores(), cpus) + 1, "include_dashboard": False}
+            with _scratch() as folder, _connected(**local, _temp_dir=folder):
+                yield
+
+
+@contextmanager
+def _scratch() -> Iterator[str]:
+    """A folder for Ray's own files, deleted afterwards; those that killed drivers could not delete are deleted first.
+
+    It is directly below /tmp because socket paths end at 107 bytes, and TMPDIR may be deeper than Ray's leave room for.
+    """
+    for abandoned in glob.glob(f"{_SCRATCH}*/owner"):
+        with suppress(OSError), open(abandoned, "rb") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX | fcntl.LOCK_NB)  # fails where the owner lives or is somebody else
+            shutil.rmtree(os.path.dirname(abandoned))
+    folder = tempfile.mkdtemp(prefix=os.path.basename(_SCRATCH), dir=os.path.dirname(_SCRATCH))
+    try:
+        with open(os.path.join(folder, "owner"), "wb") as owner:
+            fcntl.flock(owner, fcntl.LOCK_EX)
+            yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from audit.calibration import Calibration
 from audit.corpus import TokenSequence
+from audit.engine.allocator import keep_freed_memory
 from audit.engine.cost import (
     MOST_CLEAN_ROWS,
     SMALLEST_MICRO_BATCH,
@@ -74,6 +75,7 @@ class Engine:
         self.model, self.memory, self.identity_every, self.seed = model, memory, identity_every, seed
         self.method = model.description.engine if method == "auto" else method
         self.sizes = Sizes(model)
+        keep_freed_memory()
         self._working = working_bytes(self.sizes, memory)
         self._micro_batch = micro_batch
 

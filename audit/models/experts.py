@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from audit.models.linear import whole_rows
 from audit.models.seam import first_tensor
 
 
@@ -71,22 +72,32 @@ class SortedExperts:
         return F.linear(x, weight.T if self._module.is_transposed else weight, bias)
 
     def _sorted_outputs(self, x_ND: Tensor, index_NK: Tensor) -> tuple[Tensor, Tensor]:
-        """Outputs in order of expert [N*K, D], and for each slot where its output stands [N, K]."""
+        """Outputs in order of expert, with gaps, and for each slot where its output stands [N, K].
+
+        Every expert has room for a round number of rows, so that few shapes of product occur (see audit.models.linear);
+        the rows that fill it up are copies of the first, and nobody reads their outputs.
+        """
         N, K = index_NK.shape
         flat = index_NK.reshape(-1)
         order = torch.argsort(flat, stable=True)
-        counts = torch.bincount(flat, minlength=self._experts).tolist()
-        rows = x_ND.index_select(0, order.div(K, rounding_mode="floor"))
+        counts_E = torch.bincount(flat, minlength=self._experts)
+        room = [whole_rows(count) if count else 0 for count in counts_E.tolist()]
+        ends_E = torch.tensor(room, device=flat.device).cumsum(0)
+        shift_E = ends_E - torch.tensor(room, device=flat.device) - (counts_E.cumsum(0) - counts_E)
+        place_S = torch.arange(N * K, device=flat.device) + shift_E[flat[order]]  # of the sorted slots
+        source = torch.zeros(sum(room), dtype=torch.long, device=flat.device)
+        source[place_S] = order.div(K, rounding_mode="floor")
+        rows = x_ND.index_select(0, source)
         out = torch.empty_like(rows)
         start = 0
-        for expert, count in enumerate(counts):
-            if count:
-                hidden = self._product(rows[start : start + count], self._up, expert)
+        for expert, size in enumerate(room):
+            if size:
+                hidden = self._product(rows[start : start + size], self._up, expert)
                 hidden = self._module._apply_gate(hidden) if self._module.has_gate else self._module.act_fn(hidden)
-                out[start : start + count] = self._product(hidden, self._down, expert)
-                start += count
+                out[start : start + size] = self._product(hidden, self._down, expert)
+                start += size
         place = torch.empty_like(order)
-        place[order] = torch.arange(N * K, device=order.device)
+        place[order] = place_S
         return out, place.view(N, K)
 
     def outputs(self, x_ND: Tensor, index_NK: Tensor) -> Tensor:

@@ -153,9 +153,10 @@ def expert_summary(merged: pa.Table) -> pa.Table:
     """Means per expert, where the unit is one expert.
 
     Columns: the cell; ``expert``; ``n``: rows; ``n_delta_loss``: those with a true next token; ``nonfinite``: values
-    that were infinite or nan and are in no mean; ``mean_<outcome>``: nats for kl, js and the losses, for
-    ``top1_flip`` the share of rows; ``share_below_noise_<outcome>``: of the rows, those with |outcome| below the layer's 99.9 % noise
-    quantile; ``below_noise_<outcome>``: more than half are, so that the median effect is noise. Null without a floor.
+    that were infinite or nan and are in no mean; ``mean_<outcome>``: nats for kl, js and the losses, the share of rows
+    for ``top1_flip``; ``share_below_noise_<outcome>``: the share of rows whose |outcome| is below the layer's 99.9 %
+    noise quantile; ``below_noise_<outcome>``: more than half are, so that the median effect is noise. The last two are
+    null where there is no floor.
     """
     one = merged.filter(pc.equal(merged["unit"], "expert"))
     return _summary(one, (*CELL, "expert"))

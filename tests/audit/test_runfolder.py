@@ -53,10 +53,10 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
 
 
 def test_one_driver_at_a_time(tmp_path: Path) -> None:
-    with RunFolder(str(tmp_path)).lock():
-        with pytest.raises(RunFolderError, match=r"is in use by process \d+"), RunFolder(str(tmp_path)).lock():
-            pass
-    with RunFolder(str(tmp_path)).lock():
+    first, second = RunFolder(str(tmp_path)), RunFolder(str(tmp_path))
+    with first.lock(), pytest.raises(RunFolderError, match=r"is in use by process \d+"), second.lock():
+        pass
+    with second.lock():
         pass
 
 
@@ -87,6 +87,10 @@ def test_an_object_store_behaves_the_same() -> None:
 def test_the_first_difference_is_named() -> None:
     old = {"seed": 0, "model": {"dtype": "float32", "source": "demo"}, "layers": [1, 2]}
     assert difference(old, json.loads(json.dumps(old))) is None
-    assert difference(old, {**old, "model": {"dtype": "float16", "source": "demo"}}) == ("model.dtype", "float32", "float16")
+    assert difference(old, {**old, "model": {"dtype": "float16", "source": "demo"}}) == (
+        "model.dtype",
+        "float32",
+        "float16",
+    )
     assert difference(old, {**old, "layers": [1]}) == ("layers", [1, 2], [1])
     assert difference(old, {**old, "scope": "token"}) == ("scope", None, "token")

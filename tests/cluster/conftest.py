@@ -1,4 +1,4 @@
-"""One Ray cluster per module, with a short temporary folder: AF_UNIX paths end at 107 bytes and pytest's tmp_path is longer."""
+"""One Ray cluster per module, in a short folder of its own: pytest's tmp_path is too long for Ray's sockets."""
 
 from __future__ import annotations
 

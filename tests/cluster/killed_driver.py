@@ -1,6 +1,7 @@
 """Run the stub's job in a process of its own and end it by SIGKILL: killed_driver.py FOLDER MOMENT COUNT.
 
-MOMENT ``manifest``: when the files of commit COUNT are written and its manifest is not. ``answer``: when COUNT tasks have an answer.
+MOMENT ``manifest``: when the files of commit COUNT are written and its manifest is not. ``answer``: when COUNT tasks
+have an answer.
 """
 
 from __future__ import annotations

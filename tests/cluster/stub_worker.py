@@ -1,4 +1,4 @@
-"""A worker without a model: tables of the public schemas, drawn from a generator seeded by the task's id; and faults on demand."""
+"""A worker without a model: tables of the public schemas from a seeded generator, and faults on demand."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def make_job(
         for i in range(tasks)
     ]
     return Job(
-        stages=(("calibration", observe), ("merge", merge), ("effects", measure)),
+        stages=(("observe", observe), ("merge", merge), ("effects", measure)),
         identity=identity or {"specification": {"seed": 0}},
         information={},
         make_worker=partial(StubWorker, plan=plan or FaultPlan(), seconds=seconds),

@@ -7,11 +7,8 @@ import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pyarrow as pa
 import pytest
 from stub_worker import FaultPlan, make_job, rows_of, tables
@@ -49,10 +46,10 @@ def results_of(folder: RunFolder) -> dict[str, bytes]:
 
 
 @pytest.fixture(scope="module")
-def whole(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunFolder]:
+def whole(ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     folder, outcome = run(tmp_path_factory.mktemp("whole"), make_job(calibration=2))
     assert outcome.exit_status == 0
-    yield folder
+    return folder
 
 
 def test_an_uninterrupted_run_is_exact(whole: RunFolder) -> None:
@@ -61,26 +58,22 @@ def test_an_uninterrupted_run_is_exact(whole: RunFolder) -> None:
     assert Path(whole.url, merged, "sum").read_text() == "observe-0000+observe-0001"
     effects = pa.concat_tables(tables(task)["effects"] for task in make_job().stages[-1][1]).to_pandas()
     experts = whole.read_table("experts").to_pandas()
-    means = effects[effects.unit == "expert"].astype({"kl": float}).groupby(["layer", "expert"], observed=True).kl.mean()
+    means = (
+        effects[effects.unit == "expert"].astype({"kl": float}).groupby(["layer", "expert"], observed=True).kl.mean()
+    )
     assert experts.set_index(["layer", "expert"]).mean_kl.to_dict() == pytest.approx(means.to_dict())
 
 
-def test_one_replica_computes_the_same_bits(whole: RunFolder, tmp_path: Path) -> None:
-    folder, outcome = run(tmp_path, make_job(calibration=2, replicas=1, policy=Policy(commit_results=5)))
-    assert outcome.exit_status == 0
-    require_exact(folder)
-    assert results_of(folder) == results_of(whole)
-
-
-@pytest.mark.parametrize(("moment", "count"), [("manifest", 1), ("manifest", 4), ("answer", 7)])
+@pytest.mark.parametrize(("moment", "count"), [("manifest", 4), ("answer", 7)])
 def test_a_run_goes_on_where_a_killed_driver_left_it(whole: RunFolder, tmp_path: Path, moment: str, count: int) -> None:
+    """With one replica after two: neither the interruption nor their number changes a bit."""
     command = [sys.executable, str(HERE / "killed_driver.py"), str(tmp_path), moment, str(count)]
     search = os.pathsep.join([str(HERE), str(HERE.parents[1])])
     killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": search}, timeout=120, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     before = RunFolder(str(tmp_path)).done()
-    assert len(before) < 15
-    folder, outcome = run(tmp_path, make_job(calibration=2))
+    assert 3 <= len(before) < 15  # the calibration, and not everything
+    folder, outcome = run(tmp_path, make_job(calibration=2, replicas=1))
     assert outcome.exit_status == 0
     require_exact(folder)
     assert results_of(folder) == results_of(whole)
@@ -93,15 +86,28 @@ def test_a_finished_run_is_not_run_again(whole: RunFolder) -> None:
     assert {path: path.stat().st_mtime_ns for path in Path(whole.url).rglob("*") if path.name != "lock"} == before
 
 
-def test_a_task_that_always_fails_is_quarantined_and_tried_again_by_the_next_run(whole: RunFolder, tmp_path: Path) -> None:
-    bad = FaultPlan({("effects-0004", 0): "raise"})
-    folder, outcome = run(tmp_path, make_job(calibration=2, plan=bad))
+def test_faults_lose_nothing_and_a_task_that_always_fails_is_quarantined(whole: RunFolder, tmp_path: Path) -> None:
+    plan = FaultPlan(
+        {
+            ("effects-0003", 1): "kill",
+            ("effects-0004", 0): "raise",
+            ("effects-0008", 1): "hang",
+            ("effects-0009", 1): "kill",
+        }
+    )
+    policy = Policy(commit_results=3, relaunch_seconds=0.0, hang_seconds=4.0)
+    folder, out = RunFolder(str(tmp_path)), io.StringIO()
+    outcome = execute(make_job(calibration=2, plan=plan, policy=policy), folder, LineDisplay(out))
     assert outcome.exit_status == 1
-    assert "effects-0004 was told to fail" in outcome.quarantined["effects-0004"]
+    assert list(outcome.quarantined) == ["effects-0004"]
     (record,) = folder.lines("quarantine.jsonl")
     assert (record["task"], record["attempts"]) == ("effects-0004", 3)
+    assert "effects-0004 was told to fail" in record["error"]
+    assert out.getvalue().count("a replica was lost") == 3
+    assert "no answer within 4 seconds" in out.getvalue()
     require_exact(folder, skip="effects-0004")
-    folder, outcome = run(tmp_path, make_job(calibration=2))
+    # The cause is gone: the same command does what is missing.
+    _, outcome = run(tmp_path, make_job(calibration=2))
     assert outcome.exit_status == 0
     require_exact(folder)
     assert results_of(folder) == results_of(whole)
@@ -116,19 +122,6 @@ def test_without_calibration_nothing_that_needs_it_is_run(tmp_path: Path) -> Non
     assert list(folder.done()) == ["observe-0000"]
 
 
-def test_a_replica_killed_in_the_middle_of_a_task_loses_nothing(whole: RunFolder, tmp_path: Path) -> None:
-    faults = FaultPlan({("effects-0003", 1): "kill", ("effects-0008", 1): "hang", ("effects-0009", 1): "kill"})
-    policy = Policy(commit_results=3, relaunch_seconds=0.0, hang_seconds=5.0)
-    out = io.StringIO()
-    folder = RunFolder(str(tmp_path))
-    outcome = execute(make_job(calibration=2, plan=faults, policy=policy), folder, LineDisplay(out))
-    assert outcome.exit_status == 0
-    require_exact(folder)
-    assert results_of(folder) == results_of(whole)
-    assert out.getvalue().count("a replica was lost") == 3
-    assert "no answer within 5 seconds" in out.getvalue()
-
-
 def test_another_specification_is_refused_and_the_difference_named(whole: RunFolder) -> None:
     before = sorted(Path(whole.url).rglob("*"))
     with pytest.raises(RunFolderError, match=r"^seed: .* was begun with 0, now it is 1; name another --out"):
@@ -138,7 +131,6 @@ def test_another_specification_is_refused_and_the_difference_named(whole: RunFol
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stop_signal_commits_what_is_finished(tmp_path: Path, number: int, status: int) -> None:
-    """In this process, because the handlers are the process's own: a child sends the signal."""
     job = make_job(tasks=8, seconds=0.3, policy=Policy(commit_results=100))
     progress = io.StringIO()
 
@@ -155,17 +147,3 @@ def test_a_stop_signal_commits_what_is_finished(tmp_path: Path, number: int, sta
     assert outcome.exit_status == status
     assert 2 <= len(folder.done()) < 8
     assert len({row["sequence"] for row in folder.dataset("effects").to_table().to_pylist()}) == len(folder.done())
-
-
-def test_nothing_of_a_killed_driver_stays_alive(tmp_path: Path) -> None:
-    command = [sys.executable, str(HERE / "killed_driver.py"), str(tmp_path), "manifest", "1"]
-    search = os.pathsep.join([str(HERE), str(HERE.parents[1])])
-    before = {process.pid for process in psutil.process_iter()}
-    subprocess.run(command, env={**os.environ, "PYTHONPATH": search}, timeout=120, capture_output=True)
-    deadline = time.monotonic() + 30
-    while time.monotonic() < deadline:
-        left = [p for p in psutil.process_iter(["cmdline"]) if p.pid not in before and "ray" in " ".join(p.info["cmdline"] or [])]
-        if not left:
-            return
-        time.sleep(0.2)
-    raise AssertionError(left)

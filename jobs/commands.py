@@ -1,0 +1,124 @@
+"""What the commands do; each returns its exit status."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from typing import Any
+
+from audit.config import AuditConfig
+from audit.models import describe
+from audit.runfolder import RunFolder
+from cluster.display import duration, make_display
+from cluster.driver import RunError
+from cluster.plan import prepare
+from cluster.run import Job, execute, identity_of, refuse_other
+from jobs import output
+
+
+def call(command: str, given: argparse.Namespace) -> int:
+    """Run a command. A mistake of the caller is one sentence on standard error and status 2."""
+    commands: dict[str, Callable[[argparse.Namespace], int]] = {
+        "run": run,
+        "plan": plan,
+        "status": status,
+        "validate": validate,
+        "models": models,
+    }
+    try:
+        return commands[command](given)
+    except ValueError as error:
+        output.complain(_sentence(error))
+        return 2
+    except RunError as error:
+        output.complain(f"{_sentence(error)}; what is committed stays")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def run(given: argparse.Namespace) -> int:
+    config = AuditConfig.load(given.config, given.set)
+    folder = RunFolder(given.out)
+    folder.require_usable()
+    refuse_other(folder, {"specification": identity_of(config.resolved())})  # before the model is loaded for nothing
+    job = prepare(config, folder.require_run()["identity"]["resolved"] if folder.holds_run() else None)
+    display = make_display(given.display)
+    try:
+        outcome = execute(job, folder, display)
+    finally:
+        display.close()
+    if outcome.signal:
+        committed = f"{len(folder.done())} of {_tasks(job)} tasks committed"
+        output.complain(f"stopped with {committed}; the same command goes on from there")
+        return outcome.exit_status
+    output.show_results(folder)
+    for note in _notes(folder):
+        output.say(note)
+    if outcome.quarantined or outcome.blocked:
+        lost = f"{len(outcome.quarantined)} tasks are quarantined: {', '.join(sorted(outcome.quarantined))}"
+        also = f", and {len(outcome.blocked)} that need them were not run" if outcome.blocked else ""
+        output.complain(f"{lost}{also}; {folder.path('quarantine.jsonl')} has their errors")
+    return outcome.exit_status
+
+
+def plan(given: argparse.Namespace) -> int:
+    output.show_plan(prepare(AuditConfig.load(given.config, given.set)))
+    return 0
+
+
+def status(given: argparse.Namespace) -> int:
+    folder = RunFolder(given.dir)
+    output.show_status(folder, folder.require_run())
+    for note in _notes(folder):
+        output.say(note)
+    return 0
+
+
+def validate(given: argparse.Namespace) -> int:
+    config = AuditConfig.load(given.config, given.set)
+    job = prepare(config)
+    model, method = job.information["model"], job.identity["resolved"]["method"]
+    output.say(f"{given.config} is valid")
+    output.say(f"  model   {model['source']}: {model['family']}, engine {method} ({model['engine_reason']})")
+    output.say(f"  corpus  {job.information['corpus']['summary']}")
+    output.say(f"  work    {_tasks(job)} tasks; see moe-audit plan")
+    return 0
+
+
+def models(given: argparse.Namespace) -> int:
+    config = AuditConfig.load(given.config, given.set)
+    where = config.model
+    found = describe(where.location(config.folder), revision=where.revision, trust_remote_code=where.trust_remote_code)
+    output.show_model(found)
+    return 0
+
+
+def _tasks(job: Job) -> int:
+    return sum(len(tasks) for _, tasks in job.stages)
+
+
+def _notes(folder: RunFolder) -> list[str]:
+    """What was skipped, capped or left undone, from the manifests and the quarantine."""
+    done = folder.done()
+    receipts: list[Any] = list(done.values())
+    skipped = sum(receipt.get("skipped", 0) for receipt in receipts)
+    halved = sum(receipt.get("halvings", 0) > 0 for receipt in receipts)
+    given_up = sorted({line["task"] for line in folder.lines("quarantine.jsonl")} - set(done))
+    notes = []
+    if skipped:
+        notes.append(f"{skipped:,} effects were skipped: nothing to act upon, or an expert without calibration")
+    if halved:
+        notes.append(
+            f"{halved} tasks ran out of memory and went on with smaller micro-batches: equal within the noise floor"
+        )
+    if given_up:
+        notes.append(f"quarantined: {', '.join(given_up)}")
+    seconds = sum(receipt.get("seconds", 0.0) for receipt in receipts)
+    rows = sum(receipt["rows"].get("effects", 0) for receipt in receipts)
+    notes.append(f"{rows:,} effects in {len(done)} tasks, {duration(seconds)} of replica time")
+    return notes
+
+
+def _sentence(error: Exception) -> str:
+    return " ".join(str(error).split())

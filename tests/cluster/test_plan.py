@@ -1,0 +1,116 @@
+"""The plan with an engine that only knows costs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from audit.config import AuditConfig
+from audit.corpus import Corpus, DocumentInfo, TokenSequence
+from audit.engine import Cost
+from cluster.plan import Planner
+from cluster.tasks import Task, digest
+
+LAYERS = (1, 2, 5)
+LENGTHS = (10, 40, 300, 7, 12, 12, 90, 33, 8, 25)
+
+
+class FakeEngine:
+    """A FLOP per token and a billion per effect: a task of 15 seconds, at 20 GFLOP a second, holds 300 of those."""
+
+    def __init__(self) -> None:
+        description = SimpleNamespace(moe_layers=LAYERS)
+        self.model = SimpleNamespace(description=description, device=SimpleNamespace(type="cpu"))
+
+    def cost(
+        self, lengths: list[int], positions: list[int], layers: Any, interventions: Any, scope: str = "token"
+    ) -> Cost:
+        rows = sum(positions) * len(layers) * len(interventions)
+        return Cost(rows, float(sum(lengths)) + 1e9 * rows, 45 * rows)
+
+
+def sequence(index: int, length: int) -> TokenSequence:
+    ids = np.arange(length, dtype=np.int64)
+    return TokenSequence(index, index, "prose", ids, np.zeros(length, np.int32), np.zeros(length, np.bool_))
+
+
+def planned(**settings: Any) -> dict[str, list[Task]]:
+    config = AuditConfig.parse({"calibration": {"documents": 2}, **settings}, Path("."))
+    documents = [DocumentInfo(str(i), "prose", str(i)) for i in range(len(LENGTHS))]
+    corpus = Corpus(documents, [sequence(i, n) for i, n in enumerate(LENGTHS)], "", {})
+    return dict(Planner(config, FakeEngine(), corpus).stages())  # type: ignore[arg-type]
+
+
+def covered(tasks: list[Task]) -> Counter[tuple[int, int, int]]:
+    return Counter(
+        (s.index, int(t), layer)
+        for task in tasks
+        for s, at in zip(task.sequences, task.positions, strict=True)
+        for t in at
+        for layer in task.layers
+    )
+
+
+@pytest.mark.parametrize("scope", ["token", "sequence"])
+def test_every_position_and_layer_is_measured_once_and_its_token_written_once(scope: str) -> None:
+    stages = planned(scope=scope, cluster={"task_minutes": 0.25})
+    audited = {s.index for task in stages["effects"] for s in task.sequences}
+    assert len(audited) == len(LENGTHS) - 2
+    wanted = {(i, t, layer) for i in audited for t in range(1, LENGTHS[i]) for layer in LAYERS}
+    assert covered(stages["effects"]) == Counter(wanted)
+    tokens = Counter((i, t) for i, t, _ in covered([task for task in stages["effects"] if task.tokens]).elements())
+    assert set(tokens) == {(i, t) for i, t, _ in wanted}
+    whole = [task.layers for task in stages["effects"] if task.tokens]
+    assert scope == "sequence" or set(whole) == {LAYERS}
+
+
+def test_no_task_costs_more_than_asked_for_where_it_can_be_cut() -> None:
+    for task in planned(cluster={"task_minutes": 0.25})["effects"]:
+        assert task.flops <= 1.01 * 15 * 20e9
+        assert task.rows == sum(map(len, task.positions)) * len(LAYERS)
+
+
+def test_in_sequence_scope_a_long_sequence_is_cut_by_layers() -> None:
+    stages = planned(scope="sequence", cluster={"task_minutes": 0.05})
+    cut = [task for task in stages["effects"] if len(task.layers) < len(LAYERS)]
+    assert cut
+    for task in stages["effects"]:
+        for s, at in zip(task.sequences, task.positions, strict=True):
+            assert len(at) == len(s) - 1  # never by positions: one forward gives them all
+    assert all(task.tokens == (task.layers[0] == LAYERS[0]) for task in stages["effects"])
+
+
+def test_calibration_and_audited_documents_are_apart_and_merged_in_order() -> None:
+    stages = planned(calibration={"documents": 2, "from": "audited"}, interventions=[{"kind": "mean"}])
+    parts = {
+        part: {s.index for t in stages["observe"] if f"-{part}-" in t.id for s in t.sequences}
+        for part in ("calibration", "audited")
+    }
+    assert len(parts["calibration"]) == 2
+    assert parts["audited"] == set(range(len(LENGTHS))) - parts["calibration"]
+    assert {s.index for t in stages["effects"] for s in t.sequences} == parts["audited"]
+    merge = {task.id: task.inputs for task in stages["merge"]}
+    assert set(merge) == {"merge-calibration", "merge-audited"}
+    assert list(merge["merge-audited"]) == sorted(t.id for t in stages["observe"] if "-audited-" in t.id)
+    assert {t.inputs for t in stages["effects"]} == {("merge-calibration",)}
+
+
+def test_effects_that_draw_on_no_calibration_do_not_wait_for_it() -> None:
+    assert {task.inputs for task in planned()["effects"]} == {()}
+
+
+def test_the_cut_does_not_depend_on_the_number_of_replicas() -> None:
+    one, four = planned(cluster={"replicas": 1}), planned(cluster={"replicas": 4})
+    assert [digest(one[stage]) for stage in one] == [digest(four[stage]) for stage in four]
+    assert digest(one["effects"]) != digest(planned(seed=1)["effects"])
+    assert digest(one["effects"]) != digest(planned(interventions=[{"kind": "scale", "factor": 0.5}])["effects"])
+
+
+def test_ids_begin_with_their_stage() -> None:
+    for stage, tasks in planned().items():
+        assert all(task.id.startswith(f"{stage}-") for task in tasks)
