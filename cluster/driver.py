@@ -116,6 +116,9 @@ class Driver:
         meter = Meter(ledger)
         while not ledger.complete:
             if self._stop():
+                self._display.say("stopping: what is finished is being committed")
+                for seat in self._seats:  # they would compete with the commit; their answers outlive them
+                    self._empty(seat)
                 self._commit_everything(ledger)
                 self._report(stage, ledger, meter, always=True)
                 raise Stopped

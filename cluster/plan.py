@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from audit.config import AuditConfig, ConfigError, audited_layers, check_against
 from audit.corpus import Corpus, TokenSequence, build_corpus, sample_positions
 from audit.engine import Cost, Engine
-from audit.interventions import NEEDS_CALIBRATION
+from audit.interventions import NEEDS_CALIBRATION, Intervention
 from cluster.driver import Policy
 from cluster.engine_worker import EngineWorker, load_engine
 from cluster.identity import BINDING, environment, versions, weights_digest
@@ -99,6 +99,22 @@ class _Piece:
     cost: Cost
 
 
+def require_distinct(interventions: Sequence[Intervention]) -> None:
+    """Raise ConfigError where the effect table could not tell two interventions' effects apart, and would pool them."""
+    seen: dict[tuple[object, ...], int] = {}
+    for number, intervention in enumerate(interventions):
+        target = intervention.target
+        unit = {"each": "expert", "shared": "shared"}.get(target.selection, "set")
+        parameter = intervention.factor if intervention.kind == "scale" else target.count
+        first = seen.setdefault((unit, intervention.kind, parameter), number)
+        if first != number:
+            same = f"unit {unit}, {intervention.kind}" + ("" if parameter is None else f", parameter {parameter:g}")
+            raise ConfigError(
+                f"interventions.{number}: its effects would not be told from those of interventions.{first} ({same}); "
+                "give each an audit of its own"
+            )
+
+
 class Planner:
     """Cuts one specification's work into tasks."""
 
@@ -113,6 +129,7 @@ class Planner:
         )
         self._layers = audited_layers(config, engine.model.description)
         self._interventions = config.build_interventions()
+        require_distinct(self._interventions)
         device = engine.model.device.type
         self._flops_per_second = NOMINAL_FLOPS.get(device, NOMINAL_FLOPS["cpu"]) * (
             config.engine.threads if device == "cpu" else 1

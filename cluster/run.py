@@ -16,7 +16,7 @@ from cluster.committer import FolderCommitter
 from cluster.display import Display
 from cluster.driver import Driver, Policy, Stopped
 from cluster.ray_fleet import RayFleet, write_tables
-from cluster.session import ray_session, stop_signals
+from cluster.session import ray_session, require_resources, stop_signals
 from cluster.tasks import Task
 from cluster.worker import Worker
 
@@ -99,6 +99,7 @@ def execute(job: Job, folder: RunFolder, display: Display) -> Outcome:
         if _is_done(job, folder):
             return Outcome({}, ())
         with ray_session(job.replicas * job.cpus_per_replica), stop_signals() as stop:
+            require_resources(job.replicas * job.cpus_per_replica, job.replicas * job.gpus_per_replica)
             fleet = RayFleet(
                 job.replicas, partial(job.make_worker, folder.url), cpus=job.cpus_per_replica, gpus=job.gpus_per_replica
             )

@@ -20,6 +20,8 @@ from typing import Any
 import ray
 import ray.data
 
+from cluster.driver import RunError
+
 _SCRATCH = "/tmp/moe-audit-"
 
 
@@ -47,6 +49,14 @@ def ray_session(cpus: int) -> Iterator[None]:
             local = {"address": "local", "num_cpus": max(cores(), cpus) + 1, "include_dashboard": False}
             with _scratch() as folder, _connected(**local, _temp_dir=folder):
                 yield
+
+
+def require_resources(cpus: float, gpus: float) -> None:
+    """Raise RunError where the connected cluster does not hold this much, and one CPU more for Ray Data."""
+    have = ray.cluster_resources()
+    for name, wanted in (("CPU", cpus + 1), ("GPU", gpus)):
+        if have.get(name, 0) < wanted:
+            raise RunError(f"cluster.replicas: needs {wanted:g} {name}s, the Ray cluster has {have.get(name, 0):g}")
 
 
 @contextmanager

@@ -64,7 +64,8 @@ the same documents; digits are never joined. Every text starts with `<|endoftext
 |---|---|---|---|---|---|
 {_data_rows(record, evaluation)}
 
-The text is read from the Python that runs the program, not copied. SHA-256 of the normalised training texts:
+The text is read from the Python that runs the program, not copied; the figures are those of the Python named below,
+whose standard library is under the PSF licence. SHA-256 of the normalised training texts:
 `{record.text_digest}`.
 Left out: tests, installed packages, the tables in `encodings`, and texts shorter than {MIN_WORDS} words.
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from audit.config import AuditConfig
+from audit.config import AuditConfig, ConfigError
 from audit.corpus import Corpus, DocumentInfo, TokenSequence
 from audit.engine import Cost
 from cluster.plan import Planner
@@ -114,3 +114,10 @@ def test_the_cut_does_not_depend_on_the_number_of_replicas() -> None:
 def test_ids_begin_with_their_stage() -> None:
     for stage, tasks in planned().items():
         assert all(task.id.startswith(f"{stage}-") for task in tasks)
+
+
+def test_effects_that_the_table_could_not_tell_apart_are_not_measured_together() -> None:
+    sets = [{"kind": "zero", "target": {"highest": 2}}, {"kind": "zero", "target": {"lowest": 2}}]
+    with pytest.raises(ConfigError, match=r"interventions\.1: .* interventions\.0 \(unit set, zero, parameter 2\)"):
+        planned(interventions=sets)
+    planned(interventions=[{"kind": "zero"}, sets[0], {"kind": "zero", "target": {"lowest": 1}}])
