@@ -1,6 +1,7 @@
 """Interventions: what is done to which of a token's experts (the do-operators of the audit).
 
-Each replaces the Mixture-of-Experts output y at one layer; c_i is the contribution (routing weight times output) of expert i.
+Each replaces the Mixture-of-Experts output y at one layer; c_i is the contribution (routing weight times output) of
+expert i.
 
 ============= ==========================================================================================
 kind          output under do(.)
@@ -33,8 +34,9 @@ class Target:
     """Which of a token's active experts an intervention acts on.
 
     ``each``: every active expert by itself, one effect per slot (``experts`` restricts it to those ids).
-    ``all``, ``highest``, ``lowest``: one *set* per token: all active experts, or the ``count`` of highest or lowest routing weight.
-    ``listed``: one set per token, the active ones among ``experts``. ``shared``: the layer's shared experts, as one unit.
+    ``all``, ``highest``, ``lowest``: one *set* per token: all active experts, or the ``count`` of highest or
+    lowest routing weight. ``listed``: one set per token, the active ones among ``experts``. ``shared``: the
+    layer's shared experts, as one unit.
     """
 
     selection: Selection = "each"
@@ -56,7 +58,9 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class Intervention:
-    """One do-operator with its target. ``factor`` belongs to ``scale``, ``draws`` (effects per target) to ``resample``."""
+    """One do-operator with its target. ``factor`` belongs to ``scale``, ``draws`` (effects per target) to
+    ``resample``.
+    """
 
     kind: Kind = "zero"
     target: Target = field(default_factory=Target)
@@ -68,19 +72,23 @@ class Intervention:
             raise ValueError(f"intervention.kind: {self.kind!r} is unknown; known are {', '.join(KINDS)}")
         if (self.kind == "scale") != (self.factor is not None):
             raise ValueError(
-                f"intervention.factor: {self.factor} does not fit kind {self.kind!r}; scale needs one, the others take none"
+                f"intervention.factor: {self.factor} does not fit kind {self.kind!r}; scale needs one, the "
+                "others take none"
             )
         if self.draws < 1 or (self.draws > 1 and self.kind != "resample"):
             raise ValueError(
-                f"intervention.draws: {self.draws} does not fit kind {self.kind!r}; resample takes 1 or more, the others exactly 1"
+                f"intervention.draws: {self.draws} does not fit kind {self.kind!r}; resample takes 1 or more, "
+                "the others exactly 1"
             )
         if self.target.selection == "shared" and self.kind not in ("zero", "scale"):
             raise ValueError(
-                f"intervention.target: shared experts take zero and scale, not {self.kind!r}: they have no routing weight"
+                f"intervention.target: shared experts take zero and scale, not {self.kind!r}: they have no "
+                "routing weight"
             )
         if self.target.selection == "all" and self.kind in ("renormalize", "reroute"):
             raise ValueError(
-                f"intervention.target: {self.kind!r} of all active experts leaves nothing to carry their weight; name fewer"
+                f"intervention.target: {self.kind!r} of all active experts leaves nothing to carry their "
+                "weight; name fewer"
             )
 
     def check(self, top_k: int, experts: int, has_shared: bool) -> None:
@@ -88,7 +96,8 @@ class Intervention:
         target = self.target
         if target.count is not None and target.count > top_k:
             raise ValueError(
-                f"intervention.target.{target.selection}: {target.count} experts to remove, but a token has {top_k} active ones; name at most {top_k}"
+                f"intervention.target.{target.selection}: {target.count} experts to remove, but a token has "
+                f"{top_k} active ones; name at most {top_k}"
             )
         if target.selection == "each" and top_k == 1 and self.kind == "renormalize":
             raise ValueError(
@@ -96,12 +105,14 @@ class Intervention:
             )
         if target.count == top_k and self.kind == "renormalize":
             raise ValueError(
-                f"intervention.target.{target.selection}: renormalize of all {top_k} active experts leaves no weight; name at most {top_k - 1}"
+                f"intervention.target.{target.selection}: renormalize of all {top_k} active experts leaves no "
+                f"weight; name at most {top_k - 1}"
             )
         removed = target.count or (len(target.experts) if target.experts and target.selection == "listed" else 1)
         if self.kind == "reroute" and experts - removed < top_k:
             raise ValueError(
-                f"intervention: reroute without {removed} of {experts} experts leaves the router fewer than its top {top_k}"
+                f"intervention: reroute without {removed} of {experts} experts leaves the router fewer than "
+                f"its top {top_k}"
             )
         for expert in target.experts or ():
             if not 0 <= expert < experts:

@@ -5,7 +5,8 @@ With p the distribution without the intervention, u = z' - z the change of the l
     KL(p || p') = log1p(<p, expm1(v)>)        delta_loss = KL - v[target]        p' = p exp(v - KL)
 
 Small effects keep their digits this way: a KL of 1e-8 taken from two log-softmaxes in float32 is mostly rounding.
-Shapes: R rows, V vocabulary. Losses and divergences are in nats. Definitions: this project's methods, arXiv 2606.10703 (delta_loss).
+Shapes: R rows, V vocabulary. Losses and divergences are in nats. Definitions: this project's methods, arXiv
+2606.10703 (delta_loss).
 """
 
 from __future__ import annotations
@@ -86,8 +87,8 @@ class Outcomes:
 def outcomes(change_RV: Tensor, baseline: Baseline, row_R: Tensor) -> Outcomes:
     """Every outcome of R rows from the change of their logits; ``row_R`` says which baseline row each belongs to.
 
-    ``change_RV`` is overwritten. Where a change is too large for exp in its precision the divergences come out as inf or
-    nan; :func:`outcomes_from_logits` has no such limit.
+    ``change_RV`` is overwritten. Where a change is too large for exp in its precision the divergences come out as
+    inf or nan; :func:`outcomes_from_logits` has no such limit.
     """
     p_RV = baseline.probabilities_MV.index_select(0, row_R)
     z_RV = baseline.logits_MV.index_select(0, row_R)

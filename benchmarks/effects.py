@@ -11,6 +11,7 @@ positions are audited and every outcome is computed, identity controls included.
 from __future__ import annotations
 
 import argparse
+import importlib
 import importlib.util
 import platform
 import resource
@@ -53,7 +54,7 @@ def useful_flops(model: MoEModel, T: int, virtual_rows_by_layer: dict[int, int])
     config = model.module.config
     d, K, width, experts = config.hidden_size, config.num_experts_per_tok, config.intermediate_size, config.num_experts
     layers, head = config.num_hidden_layers, 2.0 * d * config.vocab_size
-    # Per row and layer: four projections, router, K experts of three matrices, scores and values over T/2 keys on average.
+    # Per row and layer: four projections, router, K experts of three matrices, scores and values over T/2 keys.
     row = 2.0 * (4 * d * d + experts * d + 3 * K * width * d) + 2.0 * 2.0 * d * (T + 1) / 2
     virtual = sum(rows * (layers - 1 - layer) * row + rows * head for layer, rows in virtual_rows_by_layer.items())
     return T * (layers * row + head) + virtual
@@ -100,9 +101,9 @@ def nnsight_per_effect(model: MoEModel, ids: Tensor, effects: int) -> float | No
     """Effects per second of nnsight, ablations batched in one trace; None where nnsight is not installed."""
     if importlib.util.find_spec("nnsight") is None:
         return None
-    from nnsight import NNsight
+    nnsight = importlib.import_module("nnsight")
 
-    traced = NNsight(model.module)
+    traced = nnsight.NNsight(model.module)
     batch = ids[None].repeat(effects, 1)
     T = len(ids)
     model.module.set_attn_implementation("sdpa")
@@ -190,7 +191,7 @@ def peak_memory(T: int, budget: int, threads: int) -> None:
 def memory_table(threads: int) -> pd.DataFrame:
     """Peak memory and time in fresh processes, over budgets and lengths."""
     rows = []
-    for T, budget in ((256, 1.0), (256, 1.5), (512, 1.0), (512, 1.5), (512, 2.0), (1024, 1.5)):
+    for T, budget in ((256, 1.25), (512, 1.25), (512, 1.5), (512, 2.0), (1024, 1.5)):
         command = [
             sys.executable,
             "-m",
@@ -204,8 +205,17 @@ def memory_table(threads: int) -> pd.DataFrame:
         out = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip().splitlines()[-1]
         T_, budget_, peak, effects, seconds, micro_batch, halvings = (float(x) for x in out.split(","))
         rows.append(
-            {"T": int(T_), "budget MiB": round(budget_ / 2**20), "peak MiB": round(peak / 2**20), "peak / budget": f"{peak / budget_:.2f}", "effects": int(effects), "effects/s": round(effects / seconds), "micro-batch": int(micro_batch), "halvings": int(halvings)}
-        )  # fmt: skip
+            {
+                "T": int(T_),
+                "budget MiB": round(budget_ / 2**20),
+                "peak MiB": round(peak / 2**20),
+                "peak / budget": f"{peak / budget_:.2f}",
+                "effects": int(effects),
+                "effects/s": round(effects / seconds),
+                "micro-batch": int(micro_batch),
+                "halvings": int(halvings),
+            }
+        )
     return pd.DataFrame(rows)
 
 
@@ -247,7 +257,8 @@ def main() -> None:
     rows = [compare(T, sd, arguments.threads, arguments.sampled) for T in arguments.tokens for sd in (WIDE, None)]
     speed = pd.DataFrame(rows).set_index("T").T
     sections = {"Speed": speed, "Memory": memory_table(arguments.threads), "Growth": growth_table(arguments.threads)}
-    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, Python {platform.python_version()}, {arguments.threads} threads, {platform.processor() or platform.machine()}"
+    versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {arguments.threads} threads, "
+    versions += f"Python {platform.python_version()}, {platform.machine()}"
     text = f"`python -m benchmarks.effects {' '.join(sys.argv[1:])}`\n{versions}\n\n"
     text += (
         "\n\n".join(

@@ -9,8 +9,8 @@ from transformers import OlmoeConfig, OlmoeForCausalLM
 def olmoe_shaped(sd: float | None = None, seed: int = 0) -> OlmoeForCausalLM:
     """d 256 in 4 heads of 64, expert width 128, vocabulary 8192, float32.
 
-    ``sd``: standard deviation of all weight matrices ("wide"); None is transformers' own initialisation, under which effects
-    are tiny.
+    ``sd``: standard deviation of all weight matrices ("wide"); None is transformers' own initialisation, under
+    which effects are tiny.
     """
     config = OlmoeConfig(
         hidden_size=256,

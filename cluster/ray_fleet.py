@@ -81,7 +81,8 @@ class RayFleet:
         if not handles:
             time.sleep(seconds)
             return []
-        done, _ = ray.wait(list(handles), num_returns=len(handles), timeout=seconds, fetch_local=False)
+        ray.wait(list(handles), timeout=seconds, fetch_local=False)  # for the first; then whatever else is there by now
+        done, _ = ray.wait(list(handles), num_returns=len(handles), timeout=0, fetch_local=False)
         return list(done)
 
     def answer(self, handle: Handle) -> Any:

@@ -1,4 +1,6 @@
-"""Keep freed memory mapped: large temporaries that are mapped and faulted in anew each time cost a quarter of a sweep."""
+"""Keep freed memory mapped: large temporaries that are mapped and faulted in anew each time cost a quarter of a
+sweep.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Clean layers and births: what is kept of the clean rows, and how a counterfactual world begins.
 
-A world begins by entering its layer again with the experts' output replaced, so that norms after the experts and residual
-multipliers are the model's own. What runs before the experts or beside them is replayed from the clean rows.
+A world begins by entering its layer again with the experts' output replaced, so that norms after the experts and
+residual multipliers are the model's own. What runs before the experts or beside them is replayed from the clean rows.
 
 Shapes: T clean rows, P worlds, K slots, E experts, D hidden.
 """

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from audit.interventions import Intervention
 from audit.models.loading import MoEModel, text_config
 
-# Python, torch, transformers and Arrow once imported (CPU), or a CUDA context with its libraries: measured 0.55-0.62 GiB.
+# Python, torch, transformers and Arrow once imported (CPU), or a CUDA context with its libraries: measured
+# 0.55-0.62 GiB.
 PROGRAM_BYTES = 640 * 2**20
 DEFAULT_MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
 SMALLEST_MICRO_BATCH = 16
@@ -21,7 +22,9 @@ MOST_CLEAN_ROWS = 4096
 
 @dataclass(frozen=True, slots=True)
 class Cost:
-    """``rows``: effects, identity controls included. ``flops``: multiplications and additions. ``bytes``: of the effect table."""
+    """``rows``: effects, identity controls included. ``flops``: multiplications and additions. ``bytes``: of
+    the effect table.
+    """
 
     rows: int
     flops: float
@@ -60,7 +63,9 @@ class Sizes:
         )
 
     def virtual_bytes(self) -> int:
-        """Bytes held for one virtual token for the whole sweep: its hidden state, its outcomes, its row of the table."""
+        """Bytes held for one virtual token for the whole sweep: its hidden state, its outcomes, its row of
+        the table.
+        """
         return self.hidden * self.element + 9 * self.top_k + 220
 
     def clean_bytes(self) -> int:
@@ -89,7 +94,8 @@ def working_bytes(sizes: Sizes, memory: int) -> int:
     if left < smallest:
         needed = sizes.weights + PROGRAM_BYTES + smallest
         raise ValueError(
-            f"engine.memory: {memory / 2**20:,.0f} MiB do not hold the weights ({sizes.weights / 2**20:,.0f} MiB), the program ({PROGRAM_BYTES / 2**20:,.0f} MiB) and a sweep; give at least {needed / 2**20:,.0f} MiB"
+            f"engine.memory: {memory / 2**20:,.0f} MiB do not hold the weights ({sizes.weights / 2**20:,.0f} "
+            f"MiB), the program ({PROGRAM_BYTES / 2**20:,.0f} MiB) and a sweep; give at least {needed / 2**20:,.0f} MiB"
         )
     return left
 
@@ -111,7 +117,9 @@ def cost_of(
     scope: str,
     identity_every: int,
 ) -> Cost:
-    """Cost of auditing ``positions[i]`` tokens of a sequence of ``lengths[i]`` at ``layers``; ``worlds`` per token and layer."""
+    """Cost of auditing ``positions[i]`` tokens of a sequence of ``lengths[i]`` at ``layers``; ``worlds`` per
+    token and layer.
+    """
     rows, flops = 0.0, 0.0
     for length, audited in zip(lengths, positions, strict=True):
         per_token = [2.0 * active + 2.0 * length * sizes.hidden for active in sizes.active]

@@ -1,4 +1,6 @@
-"""The engine as its users see it: effects of interventions on token sequences as Arrow tables, within a memory budget."""
+"""The engine as its users see it: effects of interventions on token sequences as Arrow tables, within a memory
+budget.
+"""
 
 from __future__ import annotations
 
@@ -53,9 +55,9 @@ class Measurement:
 class Engine:
     """Measures effects with one loaded model.
 
-    ``memory`` (bytes) bounds weights, program and working memory together; ``micro_batch`` is derived from it unless given.
-    ``method``: ``auto`` takes the sweep where the model allows it, ``oracle`` one whole forward per effect.
-    ``seed`` decides the draws of ``resample``. Raises ValueError where the budget is too small.
+    ``memory`` (bytes) bounds weights, program and working memory together; ``micro_batch`` is derived from it
+    unless given. ``method``: ``auto`` takes the sweep where the model allows it, ``oracle`` one whole forward per
+    effect. ``seed`` decides the draws of ``resample``. Raises ValueError where the budget is too small.
     """
 
     def __init__(
@@ -134,7 +136,9 @@ class Engine:
         domains: Sequence[str] | None = None,
         stored_outputs: int | None = None,
     ) -> Calibration:
-        """Observations of the experts on clean tokens; with ``stored_outputs`` also that many outputs per expert for ``resample``."""
+        """Observations of the experts on clean tokens; with ``stored_outputs`` also that many outputs per
+        expert for ``resample``.
+        """
         names = sorted({s.domain for s in sequences}) if domains is None else domains
         return observe(self.model, sequences, names, stored_outputs=stored_outputs, seed=self.seed)
 
@@ -202,7 +206,9 @@ class Engine:
         micro_batch: int,
         scope: Scope,
     ) -> Iterator[tuple[list[TokenSequence], list[NDArray[np.int64]]]]:
-        """Several short sequences in one sweep, the positions of a long one in several, as the working memory allows."""
+        """Several short sequences in one sweep, the positions of a long one in several, as the working
+        memory allows.
+        """
         sizes = self.sizes
         worlds = sum(worlds_per_row(i, sizes.top_k) for i in interventions) + 1.0 / self.identity_every
         per_position = sizes.audited_bytes() + sizes.virtual_bytes() * worlds * (len(layers) if scope == "token" else 4)
@@ -217,7 +223,8 @@ class Engine:
             if most < 1:
                 needed = (T * clean + per_position + micro_batch * sizes.row_bytes(T)) + self.memory - self._working
                 raise ValueError(
-                    f"engine.memory: {self.memory / 2**20:,.0f} MiB do not hold one token of a sequence of {T}; give at least {needed / 2**20:,.0f} MiB or shorter sequences"
+                    f"engine.memory: {self.memory / 2**20:,.0f} MiB do not hold one token of a sequence of "
+                    f"{T}; give at least {needed / 2**20:,.0f} MiB or shorter sequences"
                 )
             for part in np.array_split(rows, -(-len(rows) // most)) if len(rows) else []:
                 fits = (clean_rows + T) * clean + (
@@ -243,7 +250,8 @@ class Engine:
         description, limit = self.model.description, self.model.description.context_limit
         if len(positions) != len(sequences) or not sum(len(at) for at in positions):
             raise ValueError(
-                f"positions: {sum(len(at) for at in positions)} positions for {len(sequences)} sequences; every sequence needs its list, and one must not be empty"
+                f"positions: {sum(len(at) for at in positions)} positions for {len(sequences)} sequences; "
+                "every sequence needs its list, and one must not be empty"
             )
         for sequence, at in zip(sequences, positions, strict=True):
             T = len(sequence.token_ids)

@@ -26,10 +26,11 @@ def observe(
     stored_outputs: int | None = None,
     seed: int = 0,
 ) -> Calibration:
-    """Observations of every MoE layer on ``sequences``; with ``stored_outputs``, also a reservoir of that many per expert.
+    """Observations of every MoE layer on ``sequences``; with ``stored_outputs``, also a reservoir of that many
+    per expert.
 
-    The model runs by its own forward, one sequence at a time, each layer twice: with the routed experts, and without them
-    for the residual stream that ``easy_ep`` compares with.
+    The model runs by its own forward, one sequence at a time, each layer twice: with the routed experts, and
+    without them for the residual stream that ``easy_ep`` compares with.
     """
     experts = model.description.experts
     reservoir = Reservoir(experts, stored_outputs, seed) if stored_outputs else None

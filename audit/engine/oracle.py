@@ -26,7 +26,9 @@ from audit.outcomes import Baseline, Outcomes, outcomes_from_logits
 
 
 def oracle(model: MoEModel, request: Request) -> Result:
-    """All effects of a request, one forward per (sequence, layer, intervention, target) and, in token scope, per token."""
+    """All effects of a request, one forward per (sequence, layer, intervention, target) and, in token scope,
+    per token.
+    """
     with model.own_attention():
         return _Oracle(model, request).run()
 
@@ -141,7 +143,8 @@ class _Oracle:
     def _changes(
         self, layer: int, worlds: Worlds, at_N: Tensor, start: int, routed: Routed, norms: list[Tensor]
     ) -> dict[nn.Module, Callable[..., Any]]:
-        """Forwards that carry out ``worlds`` at the positions ``at_N`` of the sequence that begins at clean row ``start``.
+        """Forwards that carry out ``worlds`` at the positions ``at_N`` of the sequence that begins at
+        clean row ``start``.
 
         ``norms`` receives the norm of the contribution acted upon and of the change of the MoE output, [N] each.
         """

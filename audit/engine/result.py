@@ -32,7 +32,9 @@ class Request:
     seed: int
 
     def missing(self, intervention: Intervention, layer: int) -> list[int]:
-        """Experts of the layer that ``intervention`` cannot act upon because no calibration token was routed to them."""
+        """Experts of the layer that ``intervention`` cannot act upon because no calibration token was
+        routed to them.
+        """
         if intervention.kind not in NEEDS_CALIBRATION:
             return []
         assert self.calibration is not None

@@ -1,7 +1,8 @@
 """Sequence scope: the intervention holds at every token of a sequence, so clean keys and values change as well.
 
 One forward from the intervened layer upwards per (sequence, layer, target) gives the effect at every position at once.
-Worlds are copies of the whole sequence; several go through the layers side by side, as sequences that do not see each other.
+Worlds are copies of the whole sequence; several go through the layers side by side, as sequences that do not see each
+other.
 
 Shapes: T clean rows of one sequence, B worlds side by side, P = B * T rows, D hidden.
 """
@@ -26,7 +27,9 @@ from audit.outcomes import Baseline, Outcomes
 
 
 def suffix(model: MoEModel, request: Request, micro_batch: int) -> Result:
-    """All effects of a sequence-scope request, one sequence after another. About ``micro_batch`` rows run side by side."""
+    """All effects of a sequence-scope request, one sequence after another. About ``micro_batch`` rows run side
+    by side.
+    """
     results: list[Result] = []
     start = 0
     for sequence in request.sequences:
@@ -124,7 +127,9 @@ class _OneSequence:
         return found
 
     def _carry(self, layer: int, hidden_PD: Tensor, copies: int) -> tuple[Tensor, Tensor]:
-        """Take the worlds through the layers above; also which rows were routed to other experts than the clean ones."""
+        """Take the worlds through the layers above; also which rows were routed to other experts than the
+        clean ones.
+        """
         at_P = torch.arange(len(self.sequence), device=hidden_PD.device).repeat(copies)
         changed_P = torch.zeros(len(at_P), dtype=torch.bool, device=hidden_PD.device)
         for above in range(layer + 1, len(self.model.layers)):

@@ -1,9 +1,10 @@
 """The sweep: every exact effect of interventions at single tokens, in one pass over the layers.
 
-With an intervention at (layer l, position t) read at t, nothing before t and nothing below l changes. Only one token has to
-be computed again above l, against the clean keys and values before t: a *virtual token*. A sweep carries the clean tokens
-and all virtual tokens through the layers together. At each audited layer virtual tokens are born with the MoE output under
-do(.); after the last layer the model's own norm and head give the outcomes. Each layer's weights are visited once.
+With an intervention at (layer l, position t) read at t, nothing before t and nothing below l changes. Only one token
+has to be computed again above l, against the clean keys and values before t: a *virtual token*. A sweep carries the
+clean tokens and all virtual tokens through the layers together. At each audited layer virtual tokens are born with
+the MoE output under do(.); after the last layer the model's own norm and head give the outcomes. Each layer's weights
+are visited once.
 
 Shapes: T clean rows, M audited rows, P virtual tokens, R rows of a micro-batch, K slots, D hidden.
 """
@@ -44,12 +45,16 @@ class Virtual:
         return born
 
     def by_position(self) -> Tensor:
-        """Places of the living ordered by clean row, so that a micro-batch holds neighbours and sees few keys in vain."""
+        """Places of the living ordered by clean row, so that a micro-batch holds neighbours and sees few
+        keys in vain.
+        """
         return torch.argsort(self.parent_P[: self.alive], stable=True)
 
 
 def sweep(model: MoEModel, request: Request, micro_batch: int) -> Result:
-    """All effects of a token-scope request. ``micro_batch`` rows go through a layer at once; it decides low bits only."""
+    """All effects of a token-scope request. ``micro_batch`` rows go through a layer at once; it decides low
+    bits only.
+    """
     rows = Rows(model.module, model.layers, model.position_dims, request.sequences)
     hidden_TD = rows.embedded_TD
     virtual = Virtual(_room(model, request), hidden_TD)

@@ -1,8 +1,9 @@
 """Validate a model when it is loaded: what the audit assumes of it is tried on a few probe tokens.
 
-The loss is the library's own; nothing changes under the identity; something changes under a real intervention; the sweep
-agrees with whole forwards; the router chooses again as it should when an expert is struck. A model for which the sweep does
-not hold falls back to the oracle, with the reason in its description; a model for which the oracle does not is refused.
+The loss is the library's own; nothing changes under the identity; something changes under a real intervention; the
+sweep agrees with whole forwards; the router chooses again as it should when an expert is struck. A model for which
+the sweep does not hold falls back to the oracle, with the reason in its description; a model for which the oracle
+does not is refused.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ log = logging.getLogger(__name__)
 
 _PROBE_TOKENS = 24
 _AUDITED = np.array([0, 7, 8, 22])  # the first, neighbours, the last with a next token
-# Relative distance of losses, largest KL of an identity, distance of an effect from the oracle's (nats, relative above 1).
+# Relative distance of losses, largest KL of an identity, distance of an effect from the oracle's (nats, relative
+# above 1).
 _TOLERANCES = {
     torch.float64: (1e-5, 1e-7, 1e-5),
     torch.float32: (1e-4, 1e-6, 1e-3),
@@ -39,7 +41,8 @@ _TOLERANCES = {
 
 
 def load(source: str = "demo", **options: Any) -> MoEModel:
-    """A checkpoint (folder, hub name, or the embedded ``demo``), loaded and validated. Options as of ``models.load_model``.
+    """A checkpoint (folder, hub name, or the embedded ``demo``), loaded and validated. Options as of
+    ``models.load_model``.
 
     Raises ModelError, one sentence, where it cannot be read or audited.
     """
@@ -47,7 +50,9 @@ def load(source: str = "demo", **options: Any) -> MoEModel:
 
 
 def validate(model: MoEModel) -> MoEModel:
-    """Try the model on probe tokens; sets ``reroute_refused`` and, where the sweep does not hold, the oracle as engine."""
+    """Try the model on probe tokens; sets ``reroute_refused`` and, where the sweep does not hold, the oracle
+    as engine.
+    """
     probe = _probe_sequence(model)
     layers = [model.description.moe_layers[0], model.description.moe_layers[-1]]
     if model.description.engine == "sweep":

@@ -127,12 +127,13 @@ def sequence_cases(
     all_positions: bool,
     missing: Sequence[int] = (),
 ) -> list[Case]:
-    """The worlds of ``intervention`` on the sequence of clean rows ``rows`` (first, end), read at its audited rows ``rows_M``.
+    """The worlds of ``intervention`` on the sequence of clean rows ``rows`` (first, end), read at its audited
+    rows ``rows_M``.
 
     Worlds that would give no row, because their expert is not active at an audited position, are left out.
     """
     parent_T = torch.arange(*rows, device=rows_M.device)
-    index, weights = index_TK[parent_T], weights_TK[parent_T]
+    index = index_TK[parent_T]
     T, K = index.shape
     audited_T = torch.isin(parent_T, rows_M)
     skipped = 0
@@ -215,7 +216,9 @@ def changed_output(
     calibration: Calibration | None,
     seed: int,
 ) -> Tensor:
-    """y' - y [P, D] for every kind but reroute and shared experts. ``tokens`` are sequence and position of each world."""
+    """y' - y [P, D] for every kind but reroute and shared experts. ``tokens`` are sequence and position of
+    each world.
+    """
     kind = worlds.intervention.kind
     if kind == "zero":
         return -contribution_PD
@@ -227,7 +230,8 @@ def changed_output(
         total = weights_PK.sum(1)
         ratio = (total / (total - (weights_PK * worlds.members_PK).sum(1)))[:, None].to(contribution_PD.dtype)
         return (ratio - 1.0) * routed.mixture_TD[worlds.parent_P] - ratio * contribution_PD
-    assert calibration is not None and tokens is not None
+    assert calibration is not None
+    assert tokens is not None
     replacement = torch.zeros_like(contribution_PD)
     for slot in range(worlds.members_PK.shape[1]):
         at = torch.nonzero(worlds.members_PK[:, slot]).flatten()

@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -84,11 +85,7 @@ class PrefixAttention:
             starts = p.start_T[self.parent_R]
             cuts = (torch.nonzero(starts[1:] != starts[:-1]).flatten() + 1).tolist() if len(starts) else []
             edges = [0, *cuts, len(starts)]
-            rows = [
-                (r, min(r + p.block, b))
-                for a, b in zip(edges[:-1], edges[1:], strict=True)
-                for r in range(a, b, p.block)
-            ]
+            rows = [(r, min(r + p.block, b)) for a, b in pairwise(edges) for r in range(a, b, p.block)]
             first = torch.cummin(p.first_T[self.parent_R].flip(0), 0).values.flip(0).tolist()
             parents = self.parent_R.tolist()
             self._blocks = [(a, b, first[a], parents[b - 1] + 1) for a, b in rows]
@@ -205,7 +202,8 @@ def _attention(
     ]
     if unknown:
         raise UnsupportedAttention(
-            f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention, which the sweep does not know"
+            f"{type(module).__name__} passes {', '.join(sorted(unknown))} to its attention, which the sweep "
+            "does not know"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attention(module, query, key, value, scale, softcap, sinks), None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -49,11 +50,13 @@ def decoder_layers(model: nn.Module) -> nn.ModuleList:
     outermost = [m for m in found if not any(m is not other and _contains(other, m) for other in found)]
     if not outermost:
         raise ModelError(
-            f"model: {type(model).__name__} has no fused experts module (experts(hidden, top_k_index, top_k_weights)); only such models can be audited"
+            f"model: {type(model).__name__} has no fused experts module (experts(hidden, top_k_index, "
+            "top_k_weights)); only such models can be audited"
         )
     if len(outermost) > 1:
         raise ModelError(
-            f"model: {type(model).__name__} has {len(outermost)} separate stacks of MoE layers; one decoder stack is needed"
+            f"model: {type(model).__name__} has {len(outermost)} separate stacks of MoE layers; one decoder "
+            "stack is needed"
         )
     return outermost[0]
 
@@ -75,7 +78,7 @@ def find_sites(layers: nn.ModuleList) -> dict[int, Site]:
     return sites
 
 
-def promised_moe_layers(config: object, layers: int) -> set[int] | None:
+def promised_moe_layers(config: Any, layers: int) -> set[int] | None:
     """The layers that the configuration says are MoE layers; None where it does not say."""
     types = getattr(config, "mlp_layer_types", None)
     if types:
@@ -85,12 +88,12 @@ def promised_moe_layers(config: object, layers: int) -> set[int] | None:
         frequency = getattr(config, "moe_layer_freq", 1)
         return {i for i in range(start, layers) if not isinstance(frequency, int) or i % frequency == 0}
     if isinstance(getattr(config, "decoder_sparse_step", None), int):
-        step, dense = config.decoder_sparse_step, set(getattr(config, "mlp_only_layers", None) or ())  # type: ignore[attr-defined]
-        return {i for i in range(layers) if i not in dense and (i + 1) % step == 0}
+        dense = set(getattr(config, "mlp_only_layers", None) or ())
+        return {i for i in range(layers) if i not in dense and (i + 1) % config.decoder_sparse_step == 0}
     if isinstance(getattr(config, "moe_layer_start_index", None), int):
         end, interval = getattr(config, "moe_layer_end_index", -1), getattr(config, "moe_layer_interval", 1)
         end = layers - 1 if end in (None, -1) else end
-        return {i for i in range(config.moe_layer_start_index, end + 1) if (i + 1) % interval == 0}  # type: ignore[attr-defined]
+        return {i for i in range(config.moe_layer_start_index, end + 1) if (i + 1) % interval == 0}
     return None
 
 

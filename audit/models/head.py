@@ -1,7 +1,7 @@
 """From the last layer's rows to predictions: the model's own final norm, head, scaling and soft-capping.
 
-Where the head is one linear map after the norm, the *change* of the logits is computed from the change of the normed rows:
-small effects keep their digits, and the full logits of a virtual token are never formed.
+Where the head is one linear map after the norm, the *change* of the logits is computed from the change of the normed
+rows: small effects keep their digits, and the full logits of a virtual token are never formed.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from audit.demo import CHECKPOINT
 from audit.models import attention
 from audit.models.discovery import ModelError, Site, decoder_layers, find_sites, promised_moe_layers
 from audit.models.experts import Experts, ModuleExperts, SortedExperts, agrees
@@ -124,7 +125,8 @@ def load_model(
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
-            f"model.source: {source!r} cannot be loaded ({_sentence(error)}); name a folder with a safetensors checkpoint or a hub model"
+            f"model.source: {source!r} cannot be loaded ({_sentence(error)}); name a folder with a "
+            "safetensors checkpoint or a hub model"
         ) from error
     tokenizer = load_tokenizer(path, **options)
     return prepare(module.to(place), tokenizer, source=source, experts=experts, linear=linear)
@@ -141,8 +143,6 @@ def load_tokenizer(path: str, **options: Any) -> Any:
 def resolve_source(source: str) -> str:
     """The folder or hub name behind ``model.source``. Raises ModelError for a path that is not there."""
     if source == "demo":
-        from audit.demo import CHECKPOINT
-
         return str(CHECKPOINT)
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).expanduser().exists()
     if looks_like_path:
@@ -245,7 +245,8 @@ def describe(source: str, *, revision: str | None = None, trust_remote_code: boo
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
-            f"model.source: {source!r} cannot be read ({_sentence(error)}); name a folder with a checkpoint or a hub model"
+            f"model.source: {source!r} cannot be read ({_sentence(error)}); name a folder with a checkpoint "
+            "or a hub model"
         ) from error
     text = text_config(config)
     layers = decoder_layers(module)
@@ -310,7 +311,9 @@ def _linear_path(linear: str, module: nn.Module) -> LinearPath:
 def _try_sweep(
     module: Any, layers: nn.ModuleList
 ) -> tuple[str, str, list[list[int | None]], list[tuple[nn.Module, ...]]]:
-    """Whether the sweep's attention can take over; along which dimension each layer argument runs over positions; what attends."""
+    """Whether the sweep's attention can take over; along which dimension each layer argument runs over
+    positions; what attends.
+    """
     try:
         module.set_attn_implementation(attention.NAME)
         lengths = (5, 7)
@@ -332,7 +335,9 @@ def _try_sweep(
 
 
 def _compare_clean(module: Any, layers: nn.ModuleList, dims: list[list[int | None]]) -> list[tuple[nn.Module, ...]]:
-    """Raise where two sequences run side by side as rows do not give the logits of the library's own code; else what attends."""
+    """Raise where two sequences run side by side as rows do not give the logits of the library's own code;
+    else what attends.
+    """
     parameter = next(module.parameters())
     vocabulary = int(text_config(module.config).vocab_size)
     generator = torch.Generator().manual_seed(0)
@@ -398,7 +403,8 @@ def _probe(module: Any, sites: dict[int, Site]) -> tuple[dict[int, Site], dict[i
     for layer, (x, index, weights) in seen.items():
         if x.dim() != 2 or index.dim() != 2 or index.shape != weights.shape or index.is_floating_point():
             raise ModelError(
-                f"model: layer {layer} calls its experts with shapes {tuple(x.shape)}, {tuple(index.shape)}, {tuple(weights.shape)}; rows, ids [N, K] and weights [N, K] are needed"
+                f"model: layer {layer} calls its experts with shapes {tuple(x.shape)}, {tuple(index.shape)}, "
+                f"{tuple(weights.shape)}; rows, ids [N, K] and weights [N, K] are needed"
             )
         s = sites[layer]
         probed[layer] = Site(layer, s.experts, s.router, s.shared, s.block, s.num_experts, int(index.shape[1]))

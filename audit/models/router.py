@@ -1,8 +1,9 @@
 """Strike experts from a router's candidates, row by row, and let the router choose again by its own rule.
 
-The router's own forward runs. On the way three things are changed for a row without expert i: the score of i is -inf where
-the linear map produces it (no probability mass, sigmoid 0), -inf again where a correction bias is added to it, and -inf
-where the final choice over all experts is made. :func:`verify` checks at load that this is enough for a given router.
+The router's own forward runs. On the way three things are changed for a row without expert i: the score of i is -inf
+where the linear map produces it (no probability mass, sigmoid 0), -inf again where a correction bias is added to it,
+and -inf where the final choice over all experts is made. :func:`verify` checks at load that this is enough for a
+given router.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
+
+from audit.models.discovery import is_experts
 
 _ADD = {torch.add, Tensor.add, Tensor.__add__, Tensor.__radd__, Tensor.add_, Tensor.__iadd__}
 _TOPK = {torch.topk, Tensor.topk}
@@ -65,8 +68,6 @@ class Strike(TorchFunctionMode):
 
 def correction_biases(block: nn.Module, num_experts: int) -> list[Tensor]:
     """Vectors over the experts that the block or its router adds to the scores (buffers or parameters)."""
-    from audit.models.discovery import is_experts
-
     inside_experts = {id(p) for m in block.modules() if is_experts(m) for p in (*m.parameters(), *m.buffers())}
     candidates = [*block.parameters(), *block.buffers()]
     return [t for t in candidates if id(t) not in inside_experts and t.numel() == num_experts and t.dim() in (1, 2)]

@@ -14,15 +14,16 @@ from torch import Tensor, nn
 from audit.models.attention import PrefixAttention, Prefixes, UnsupportedAttention, attending, first_visible
 from audit.models.seam import LayerCall, first_tensor, map_tensors, record_calls, tensors_in
 
-# Rows whose attention scores are computed together: on a CPU they should fit the cache, on a GPU a kernel should be full.
+# Rows whose attention scores are computed together: on a CPU they should fit the cache, on a GPU a kernel should be
+# full.
 _BLOCK = {"cpu": 128, "cuda": 4096}
 
 
 class Rows:
     """The clean rows of a batch of sequences, and what every layer is called with at each of them.
 
-    The arguments are recorded per sequence by the model's own forward and joined along their position dimension, so a row
-    at clean row i is called with exactly what the model computes for that position of that sequence.
+    The arguments are recorded per sequence by the model's own forward and joined along their position dimension,
+    so a row at clean row i is called with exactly what the model computes for that position of that sequence.
     """
 
     def __init__(
@@ -69,7 +70,9 @@ class Rows:
         return Prefixes(self.start_T.repeat(copies) + offsets, self._first[layer].repeat(copies) + offsets, self.block)
 
     def run(self, layer: int, hidden_RD: Tensor, attention: PrefixAttention, at_R: Tensor | None = None) -> Tensor:
-        """The decoder layer's output [R, D] for rows that stand at the clean rows ``at_R`` (None: the clean rows in order)."""
+        """The decoder layer's output [R, D] for rows that stand at the clean rows ``at_R`` (None: the
+        clean rows in order).
+        """
         args, kwargs = self._arguments(layer, at_R)
         with attending(attention):
             return first_tensor(self.layers[layer](hidden_RD[None], *args, **kwargs))[0]

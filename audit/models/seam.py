@@ -71,7 +71,8 @@ _DROPPED = ("past_key_values", "past_key_value", "use_cache", "cache_position", 
 
 @torch.inference_mode()
 def record_calls(model: nn.Module, layers: nn.ModuleList, input_ids: Tensor) -> list[LayerCall]:
-    """Run the model's own forward on ``input_ids`` [1, T] with idle layers; return what each layer would have been given.
+    """Run the model's own forward on ``input_ids`` [1, T] with idle layers; return what each layer would have
+    been given.
 
     Embedding scaling, rotary embeddings and masks are thereby the model's own, for this very sequence length.
     """
