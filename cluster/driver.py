@@ -169,7 +169,7 @@ class Driver:
             self._lose(seat, ledger, str(error))
             return
         except ReplicaUnreachableError as error:
-            self._count_loss(str(error))
+            self._count_loss("a replica could not be reached", str(error))
             if task is not None:
                 ledger.put_back(task.id)
             seat.task, seat.handle, seat.since = None, seat.replica.ping(), self._clock()
@@ -199,7 +199,7 @@ class Driver:
         if task is not None:
             self._fail(ledger, task, reason, replica_lost=True)
         if task is None or task.id not in ledger.quarantined:
-            self._count_loss(reason)
+            self._count_loss("a replica was lost", reason)
         seat.due = self._clock() + self._policy.relaunch_seconds * self._losses_in_a_row
 
     def _fail(self, ledger: Ledger, task: Task, error: str, *, replica_lost: bool) -> None:
@@ -210,12 +210,12 @@ class Driver:
             self._folder.append("quarantine.jsonl", record)
             self._display.say(f"{task.id} is quarantined after {attempts} attempts: {last_line(error)}")
 
-    def _count_loss(self, reason: str) -> None:
+    def _count_loss(self, what: str, reason: str) -> None:
         self._losses_in_a_row += 1
-        self._display.say(f"a replica was lost: {reason.strip().splitlines()[0]}")
+        self._display.say(f"{what}: {reason.strip().splitlines()[0]}")
         if self._losses_in_a_row > 2 * len(self._seats) * self._policy.max_attempts:
-            lost = f"{self._losses_in_a_row} replicas were lost in a row with no task finished in between"
-            raise RunError(f"{lost}; the last: {reason}")
+            count = f"{self._losses_in_a_row} losses in a row with no task finished in between"
+            raise RunError(f"{count}; the last: {what}: {reason}")
 
     @staticmethod
     def _empty(seat: _Seat) -> None:
@@ -249,7 +249,7 @@ class Driver:
         try:
             commit.result()
         except ResultsLostError as error:
-            self._count_loss(str(error))
+            self._count_loss("results were lost", str(error))
             ledger.forget(error.tasks)
             kept = [result for result in results if result.task not in error.tasks]
             self._pending.results = kept + self._pending.results

@@ -233,7 +233,7 @@ def test_the_run_ends_where_replicas_only_die(bench: Callable[..., Bench]) -> No
         raise ReplicaLostError("out of memory")
 
     b.fleet.answer = die  # type: ignore[method-assign]
-    with pytest.raises(RunError, match=r"13 replicas were lost in a row .* out of memory"):
+    with pytest.raises(RunError, match=r"13 losses in a row .* a replica was lost: out of memory"):
         b.driver.run("effects", tasks(2), set())
     assert b.fleet.submitted == []
 

@@ -74,15 +74,6 @@ def test_both_ways_agree_in_every_family(family: str) -> None:
             assert agrees(module, x, index, weights)
 
 
-def test_no_rows_at_all() -> None:
-    module = experts_of("olmoe")
-    x, index, weights = rows(n=0)
-    with torch.inference_mode():
-        outputs, mixture = SortedExperts(module).both(x, index, weights)
-    assert outputs.shape == (0, K, D)
-    assert mixture.shape == (0, D)
-
-
 def test_a_row_gives_the_same_bits_in_any_company() -> None:
     """Contributions of a row must not depend on its place among equal rows of one expert."""
     module = experts_of("olmoe")
