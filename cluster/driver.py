@@ -5,7 +5,7 @@ All recovery is decided here, in one loop that reads like a program on one machi
 - a task that raises is tried again, then quarantined with the error's text;
 - a lost replica is replaced; the task it was running is blamed (see ``cluster.ledger``), one not ready blames nobody;
 - no answer within ``hang_seconds`` is a loss;
-- too many losses in a row with nothing finished in between end the run, because then it is not the tasks.
+- too many losses in a row, or too many tasks given up, with nothing finished in between end the run.
 """
 
 from __future__ import annotations
@@ -53,6 +53,7 @@ class Policy:
     """When to give up and when to commit."""
 
     max_attempts: int = 3
+    hopeless: int = 5  # so many quarantined tasks and not one result: it is not the tasks
     hang_seconds: float = 1800.0
     commit_results: int = 64
     commit_bytes: int = 256 << 20
@@ -209,6 +210,8 @@ class Driver:
             record = {"task": task.id, "time": time.time(), "attempts": attempts, "error": error}
             self._folder.append("quarantine.jsonl", record)
             self._display.say(f"{task.id} is quarantined after {attempts} attempts: {last_line(error)}")
+            if len(ledger.quarantined) >= self._policy.hopeless and not ledger.finished():
+                raise RunError(f"the first {len(ledger.quarantined)} tasks all failed; the last: {last_line(error)}")
 
     def _count_loss(self, what: str, reason: str) -> None:
         self._losses_in_a_row += 1

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from audit.calibration import Calibration
-from audit.config import AuditConfig
+from audit.config import AuditConfig, ConfigError
 from audit.engine import Engine
 from audit.models import MoEModel, load_model
 from audit.observations.reservoir import SIZE
@@ -40,14 +40,17 @@ def load_engine(config: AuditConfig, resolved: Mapping[str, Any] | None = None) 
         experts=chosen["experts"],
         linear=chosen["linear"],
     )
-    engine = Engine(
-        model,
-        memory=int(config.engine.memory),
-        micro_batch=config.engine.micro_batch,
-        identity_every=config.engine.identity_every,
-        seed=config.seed,
-        method=chosen["method"],
-    )
+    try:
+        engine = Engine(
+            model,
+            memory=int(config.engine.memory),
+            micro_batch=config.engine.micro_batch,
+            identity_every=config.engine.identity_every,
+            seed=config.seed,
+            method=chosen["method"],
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return model, engine
 
 

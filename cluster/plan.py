@@ -41,7 +41,7 @@ Positions = NDArray[np.int64]
 def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> Job:
     """Think a run through; nothing is written. ``resolved``: the choices of the run that is to be resumed.
 
-    Raises ConfigError, ModelError or another ValueError, one sentence, for what cannot be done.
+    Raises ConfigError or ModelError, one sentence, for what cannot be done.
     """
     transformers.utils.logging.disable_progress_bar()
     model, engine = load_engine(config, resolved)
@@ -53,6 +53,8 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
         "micro_batch": engine.micro_batch(config.corpus.max_tokens),
     }
     check_against(config, model.description)
+    if model.reroute_refused and (number := _first_of_kind(config, "reroute")) is not None:
+        raise ConfigError(f"interventions.{number}: reroute is refused for this model, {model.reroute_refused}")
     corpus = build_corpus(config.corpus, model.tokenizer, model.description.context_limit, config.folder)
     planner = Planner(config, engine, corpus)
     stages = planner.stages()
@@ -97,6 +99,10 @@ class _Piece:
     positions: Positions
     layers: tuple[int, ...]
     cost: Cost
+
+
+def _first_of_kind(config: AuditConfig, kind: str) -> int | None:
+    return next((number for number, entry in enumerate(config.interventions) if entry.kind == kind), None)
 
 
 def require_distinct(interventions: Sequence[Intervention]) -> None:

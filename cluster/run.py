@@ -92,14 +92,14 @@ def execute(job: Job, folder: RunFolder, display: Display) -> Outcome:
     folder.require_usable()
     refuse_other(folder, job.identity)
     with folder.lock():
-        if not folder.holds_run():
-            folder.begin({"identity": job.identity, "run": job.digest, "created": time.time(), **job.information})
         if orphans := folder.delete_orphans():
             display.say(f"deleted {orphans} commits that an earlier run had begun and not finished")
         if _is_done(job, folder):
             return Outcome({}, ())
         with ray_session(job.replicas * job.cpus_per_replica), stop_signals() as stop:
             require_resources(job.replicas * job.cpus_per_replica, job.replicas * job.gpus_per_replica)
+            if not folder.holds_run():
+                folder.begin({"identity": job.identity, "run": job.digest, "created": time.time(), **job.information})
             fleet = RayFleet(
                 job.replicas, partial(job.make_worker, folder.url), cpus=job.cpus_per_replica, gpus=job.gpus_per_replica
             )

@@ -6,9 +6,9 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from audit.config import AuditConfig
-from audit.models import describe
-from audit.runfolder import RunFolder
+from audit.config import AuditConfig, ConfigError
+from audit.models import ModelError, describe
+from audit.runfolder import RunFolder, RunFolderError
 from cluster.display import duration, make_display
 from cluster.driver import RunError
 from cluster.plan import prepare
@@ -27,7 +27,7 @@ def call(command: str, given: argparse.Namespace) -> int:
     }
     try:
         return commands[command](given)
-    except ValueError as error:
+    except (ConfigError, ModelError, RunFolderError) as error:
         output.complain(_sentence(error))
         return 2
     except RunError as error:

@@ -72,7 +72,7 @@ def _definition(node: ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef, lin
     first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
     assert node.end_lineno is not None
     dropped: set[int] = set()
-    for inner in ast.walk(node):
+    for inner in _statements_within(node):
         if isinstance(inner, _Documented) and ast.get_docstring(inner, clean=False) is not None:
             docstring = inner.body[0]
             assert docstring.end_lineno is not None
@@ -87,11 +87,22 @@ def _docstrings(node: ast.AST, name: str) -> Iterator[tuple[str, str]]:
         docstring = ast.get_docstring(node, clean=True)
         if docstring is not None:
             yield name, docstring.strip() + "\n"
-    for child in ast.iter_child_nodes(node):
+    for child in _statements_of(node):
         inner = (
             f"{name}.{child.name}" if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) else name
         )
         yield from _docstrings(child, inner)
+
+
+def _statements_of(node: ast.AST) -> Iterator[ast.AST]:
+    """The statements directly inside: definitions stand nowhere else, and expressions are most of a tree."""
+    return (c for c in ast.iter_child_nodes(node) if isinstance(c, ast.stmt | ast.excepthandler | ast.match_case))
+
+
+def _statements_within(node: ast.AST) -> Iterator[ast.AST]:
+    yield node
+    for child in _statements_of(node):
+        yield from _statements_within(child)
 
 
 def _sections(text: str) -> list[str]:

@@ -51,11 +51,12 @@ class _Oracle:
         for layer in sorted(request.layers):
             routed = self._routed(layer)
             for intervention, identity in [*((i, False) for i in request.interventions), (IDENTITY, True)]:
-                for number, case in self._cases(layer, intervention, identity, routed):
+                cases, without = self._cases(layer, intervention, identity, routed)
+                skipped += without
+                for number, case in cases:
                     effect, outcomes = self._measure(layer, number, case, routed, baseline)
                     effects.append(effect)
                     found.append(outcomes)
-                    skipped += case.done.skipped
         empty = Outcomes.empty(0, torch.float64, request.rows_M.device)
         outcomes = Outcomes.joined(found, empty)
         # Nothing is computed in another batch shape here, so an identity world cannot be routed otherwise.
@@ -63,17 +64,25 @@ class _Oracle:
 
     # ---- which worlds -----------------------------------------------------------------------------------------------
 
-    def _cases(self, layer: int, intervention: Intervention, identity: bool, routed: Routed) -> list[tuple[int, Case]]:
-        """Worlds with the number of their sequence: in token scope one per effect, in sequence scope one per target."""
+    def _cases(
+        self, layer: int, intervention: Intervention, identity: bool, routed: Routed
+    ) -> tuple[list[tuple[int, Case]], int]:
+        """Worlds with the number of their sequence, and how many targets were skipped.
+
+        In token scope there is one world per effect, in sequence scope one per target.
+        """
         request = self.request
         rows_M = request.rows_M[:: request.identity_every] if identity else request.rows_M
         missing = request.missing(intervention, layer)
         cases: list[tuple[int, Case]] = []
+        skipped = 0
         for number in range(len(request.sequences)):
             start, end = self.starts[number], self.starts[number + 1]
             inside = rows_M[(rows_M >= start) & (rows_M < end)]
+            if not len(inside):
+                continue
             if request.scope == "sequence":
-                whole = sequence_cases(
+                whole, without = sequence_cases(
                     intervention,
                     identity,
                     (start, end),
@@ -84,6 +93,7 @@ class _Oracle:
                     missing,
                 )
                 cases.extend((number, case) for case in whole)
+                skipped += without
                 continue
             worlds = (
                 identity_worlds(inside, routed.index_TK.shape[1], 1)
@@ -91,11 +101,9 @@ class _Oracle:
                 else worlds_of(intervention, inside, routed.index_TK, routed.weights_TK, missing)
             )
             first = torch.zeros(1, dtype=torch.long, device=rows_M.device)
-            parts = [Case(worlds[i : i + 1], first) for i in range(len(worlds))]
-            if parts:
-                parts[0].done.skipped = worlds.skipped
-            cases.extend((number, part) for part in parts)
-        return cases
+            cases.extend((number, Case(worlds[i : i + 1], first)) for i in range(len(worlds)))
+            skipped += worlds.skipped
+        return cases, skipped
 
     def _measure(
         self, layer: int, number: int, case: Case, routed: Routed, baseline: Baseline
@@ -162,8 +170,9 @@ class _Oracle:
             return self._strike(layer, at_N, index_NK, members_NK, routed.mixture_TD[row_N], norms)
         y_ND = routed.mixture_TD[row_N]
         if kind == "renormalize":
+            rest_ND = (outputs_NKD * (weights_NK * ~members_NK)[..., None].to(outputs_NKD.dtype)).sum(1)
             total_N, left_N = weights_NK.sum(1), (weights_NK * ~members_NK).sum(1)
-            changed_ND = (total_N / left_N)[:, None].to(y_ND.dtype) * (y_ND - removed_ND)
+            changed_ND = (total_N / left_N)[:, None].to(y_ND.dtype) * rest_ND
         elif kind == "scale":
             assert worlds.intervention.factor is not None
             changed_ND = (
@@ -172,7 +181,7 @@ class _Oracle:
                 else y_ND
             )
         elif kind == "zero":
-            changed_ND = y_ND - removed_ND
+            changed_ND = (y_ND - removed_ND).masked_fill(members_NK.all(1, keepdim=True), 0.0)
         else:
             changed_ND = (
                 y_ND - removed_ND + self._stored(layer, kind, worlds, row_N, index_NK, weights_NK, members_NK).to(y_ND)

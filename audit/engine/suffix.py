@@ -80,17 +80,22 @@ class _OneSequence:
         skipped = 0
         for layer in sorted(request.layers):
             for intervention, identity in [*((i, False) for i in request.interventions), (IDENTITY, True)]:
-                cases = self._cases(layer, intervention, identity)
-                skipped += sum(case.done.skipped for case in cases)
+                cases, without = self._cases(layer, intervention, identity)
+                skipped += without
                 for effect, found, routed_otherwise in self._measure(layer, cases, readout):
                     effects.append(effect)
                     outcomes.append(found)
                     changed.append(routed_otherwise)
+        nothing = torch.empty(0, dtype=torch.bool, device=self.rows_M.device)
         return Result(
-            effects, readout.baseline, Outcomes.joined(outcomes, readout.empty(0)), torch.cat(changed), skipped
+            effects,
+            readout.baseline,
+            Outcomes.joined(outcomes, readout.empty(0)),
+            torch.cat([*changed, nothing]),
+            skipped,
         )
 
-    def _cases(self, layer: int, intervention: Intervention, identity: bool) -> list[Case]:
+    def _cases(self, layer: int, intervention: Intervention, identity: bool) -> tuple[list[Case], int]:
         routed = self.clean[layer].routed
         assert routed is not None
         rows_M = self.controls if identity else self.rows_M

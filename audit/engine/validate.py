@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -118,21 +118,8 @@ def _basics_fail(model: MoEModel, probe: TokenSequence, layers: list[int], metho
 @torch.inference_mode()
 def _library_loss(model: MoEModel, probe: TokenSequence) -> float:
     ids = torch.from_numpy(probe.token_ids).to(model.device)[None]
-    config: Any = model.module.config
-    with model.own_attention(), _without_auxiliary_loss(config):
+    with model.own_attention():
         return float(model.module(input_ids=ids, labels=ids, use_cache=False).loss)
-
-
-@contextlib.contextmanager
-def _without_auxiliary_loss(config: Any) -> Iterator[None]:
-    before = getattr(config, "output_router_logits", None)
-    if before:
-        config.output_router_logits = False
-    try:
-        yield
-    finally:
-        if before:
-            config.output_router_logits = before
 
 
 @torch.inference_mode()

@@ -126,11 +126,12 @@ def sequence_cases(
     weights_TK: Tensor,
     all_positions: bool,
     missing: Sequence[int] = (),
-) -> list[Case]:
+) -> tuple[list[Case], int]:
     """The worlds of ``intervention`` on the sequence of clean rows ``rows`` (first, end), read at its audited
     rows ``rows_M``.
 
-    Worlds that would give no row, because their expert is not active at an audited position, are left out.
+    Worlds that would give no row, because their expert is not active at an audited position, are left out. Also how
+    many targets were skipped, as in :class:`Worlds`.
     """
     parent_T = torch.arange(*rows, device=rows_M.device)
     index = index_TK[parent_T]
@@ -167,12 +168,10 @@ def sequence_cases(
                 torch.full_like(parent_T, expert),
                 slot,
                 torch.full_like(parent_T, draw),
-                skipped,
             )
             if len(read):
                 cases.append(Case(done, read))
-                skipped = 0  # counted once
-    return cases
+    return cases, skipped
 
 
 def joined(worlds: Sequence[Worlds]) -> Worlds:
@@ -198,12 +197,14 @@ class Routed:
         if (worlds.slot_P >= 0).all():
             weight = self.weights_TK[worlds.parent_P, worlds.slot_P].to(self.outputs_TKD.dtype)
             return self.outputs_TKD[worlds.parent_P, worlds.slot_P] * weight[:, None]
-        weights_PK = (self.weights_TK[worlds.parent_P] * worlds.members_PK).to(self.outputs_TKD.dtype)
-        total = torch.zeros(
-            len(worlds), self.mixture_TD.shape[1], dtype=self.outputs_TKD.dtype, device=self.x_TD.device
-        )
+        return self.summed(worlds.parent_P, worlds.members_PK)
+
+    def summed(self, parent_P: Tensor, members_PK: Tensor) -> Tensor:
+        """Summed contribution [P, D] of the slots marked in ``members_PK`` at the clean rows ``parent_P``."""
+        weights_PK = (self.weights_TK[parent_P] * members_PK).to(self.outputs_TKD.dtype)
+        total = self.outputs_TKD.new_zeros(len(parent_P), self.mixture_TD.shape[1])
         for slot in range(weights_PK.shape[1]):
-            total += self.outputs_TKD[worlds.parent_P, slot] * weights_PK[:, slot, None]
+            total += self.outputs_TKD[parent_P, slot] * weights_PK[:, slot, None]
         return total
 
 
@@ -221,15 +222,20 @@ def changed_output(
     """
     kind = worlds.intervention.kind
     if kind == "zero":
-        return -contribution_PD
+        # Where nobody remains, exactly nothing: a norm that follows would bring a rounding error of y - c to full size.
+        nobody_P1 = worlds.members_PK.all(1, keepdim=True)
+        return -torch.where(nobody_P1, routed.mixture_TD[worlds.parent_P], contribution_PD)
     if kind == "scale":
         assert worlds.intervention.factor is not None
         return (worlds.intervention.factor - 1.0) * contribution_PD
     if kind == "renormalize":
+        # From the remaining experts themselves: y - c has lost their digits where c carries nearly all the weight.
         weights_PK = routed.weights_TK[worlds.parent_P]
-        total = weights_PK.sum(1)
-        ratio = (total / (total - (weights_PK * worlds.members_PK).sum(1)))[:, None].to(contribution_PD.dtype)
-        return (ratio - 1.0) * routed.mixture_TD[worlds.parent_P] - ratio * contribution_PD
+        weights_PK = weights_PK.to(torch.promote_types(weights_PK.dtype, torch.float32))
+        rest_PK = ~worlds.members_PK
+        ratio = (weights_PK.sum(1) / (weights_PK * rest_PK).sum(1))[:, None].to(contribution_PD.dtype)
+        change_PD = ratio * routed.summed(worlds.parent_P, rest_PK) - routed.mixture_TD[worlds.parent_P]
+        return change_PD.masked_fill(~worlds.members_PK.any(1, keepdim=True), 0.0)
     assert calibration is not None
     assert tokens is not None
     replacement = torch.zeros_like(contribution_PD)

@@ -180,6 +180,9 @@ def prepare(
     sites = find_sites(layers)
     promised = promised_moe_layers(config, len(layers))
     notes: list[str] = []
+    if getattr(module.config, "output_router_logits", False):
+        module.config.output_router_logits = False
+        notes.append("output_router_logits was switched off: the auxiliary loss it leads to is no part of the audit")
     if promised is None:
         notes.append("the configuration does not say which layers are MoE layers; those found are taken")
     elif promised != set(sites):

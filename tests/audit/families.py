@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
 from audit.corpus import TokenSequence
@@ -101,6 +102,25 @@ RECURRENT: dict[str, dict[str, Any]] = {
         "shared_expert_intermediate_size": 32,
     },
     "minimax": {"head_dim": 16},
+    "jamba": {
+        "attn_layer_period": 2,
+        "attn_layer_offset": 1,
+        "expert_layer_period": 1,
+        "expert_layer_offset": 0,
+        "use_mamba_kernels": False,
+        "mamba_d_state": 8,
+        "mamba_dt_rank": 4,
+    },
+    "lfm2_moe": {"num_dense_layers": 0, "layer_types": ["conv", "full_attention"] * 2},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention"] * 2,
+        "shared_intermediate_size": 32,
+        "mamba_n_heads": 8,
+        "mamba_d_state": 8,
+        "mamba_d_head": 16,
+        "mamba_expand": 2,
+        "mamba_chunk_size": 8,
+    },
 }
 WITH_SHARED = frozenset(
     {
@@ -152,6 +172,26 @@ def draw_weights(module: torch.nn.Module, seed: int, sd: float = 0.15) -> None:
     for name, buffer in module.named_buffers():
         if name.endswith(("correction_bias", "expert_bias")):
             buffer.copy_(torch.randn(buffer.shape, generator=generator) * sd)
+
+
+class Float64Throughout(TorchFunctionMode):
+    """Within this context nothing rounds float64 to float32, as the norms and routers of most families do inside.
+
+    What is left of the distance between two ways to compute one thing is then rounding in the sixteenth digit.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if args and isinstance(args[0], torch.Tensor) and args[0].dtype == torch.float64:
+            if func is torch.Tensor.float:
+                return args[0]
+            if func in (torch.Tensor.to, torch.Tensor.type):
+                args = (args[0], *(torch.float64 if a is torch.float32 else a for a in args[1:]))
+            if kwargs.get("dtype") is torch.float32:
+                kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
 
 
 @cache

@@ -116,7 +116,7 @@ class StubWorker:
 
 def make_job(
     *,
-    tasks: int = 12,
+    tasks: int = 9,
     positions: int = 5,
     replicas: int = 2,
     plan: FaultPlan | None = None,
@@ -145,7 +145,7 @@ def make_job(
         information={},
         make_worker=partial(StubWorker, plan=plan or FaultPlan(), seconds=seconds),
         replicas=replicas,
-        policy=policy or Policy(commit_results=3, relaunch_seconds=0.0),
+        policy=policy or Policy(commit_results=4, relaunch_seconds=0.0),
     )
 
 

@@ -245,6 +245,13 @@ def test_a_model_that_cannot_be_loaded_ends_the_run_with_the_reason(bench: Calla
     assert "Traceback" in b.folder.lines("progress.jsonl")[-1]["error"]
 
 
+def test_the_run_ends_where_every_task_fails(bench: Callable[..., Bench]) -> None:
+    b = bench(faults={(f"t{i}", n): TaskError("ValueError: engine.memory") for i in range(20) for n in (1, 2, 3)})
+    with pytest.raises(RunError, match=r"the first 5 tasks all failed; the last: ValueError: engine\.memory"):
+        b.driver.run("effects", tasks(20), set())
+    assert len(b.folder.lines("quarantine.jsonl")) == 5
+
+
 def test_lost_results_are_run_again_and_the_others_committed(bench: Callable[..., Bench]) -> None:
     b = bench()
     b.committer.lose_once = ("t1", "t2")

@@ -44,18 +44,20 @@ def _top_then_softmax(logits: Tensor, k: int) -> Any:
     return chosen, torch.softmax(logits[chosen], -1)
 
 
-def _sigmoid_with_bias(logits: Tensor, bias: Tensor, k: int, normalised: bool, scaling: float) -> Any:
+def _sigmoid_with_bias(
+    logits: Tensor, bias: Tensor, k: int, normalised: bool, scaling: float, allowed: Tensor | None = None
+) -> Any:
     p = torch.sigmoid(logits)
-    chosen = _top(p + bias, k)
+    choice = p + bias
+    chosen = _top(choice if allowed is None else torch.where(allowed, choice, float("-inf")), k)
     return chosen, (p[chosen] / p[chosen].sum() if normalised else p[chosen]) * scaling
 
 
-def _grouped(logits: Tensor, bias: Tensor, group: Tensor, groups: int, kept: int) -> Tensor:
-    """Logits with those outside the best groups at -inf: a group is worth its two best biased scores."""
+def _in_the_best_groups(logits: Tensor, bias: Tensor, group: Tensor, groups: int, kept: int) -> Tensor:
+    """Which experts stand in one of the best groups; a group is worth its two best biased scores."""
     choice = torch.sigmoid(logits) + bias
     worth = torch.stack([choice[group == g].sort(descending=True).values[:2].sum() for g in range(groups)])
-    inside = torch.isin(group, _top(worth, kept))
-    return torch.where(inside, logits, torch.full_like(logits, float("-inf")))
+    return torch.isin(group, _top(worth, kept))
 
 
 def _sparsemixer(logits: Tensor, epsilon: float) -> Any:
@@ -92,8 +94,10 @@ def rechoose(model: MoEModel, layer: int, x_D: Tensor, without: set[int]) -> tup
     elif family in ("deepseek_v3", "glm4_moe", "dots1", "solar_open", "exaone_moe"):
         bias = router.e_score_correction_bias.double()[left]
         group = left // (site.num_experts // config.n_group)
-        logits = _grouped(logits, bias, group, config.n_group, config.topk_group)
-        chosen, weights = _sigmoid_with_bias(logits, bias, k, config.norm_topk_prob, config.routed_scaling_factor)
+        allowed = _in_the_best_groups(logits, bias, group, config.n_group, config.topk_group)
+        chosen, weights = _sigmoid_with_bias(
+            logits, bias, k, config.norm_topk_prob, config.routed_scaling_factor, allowed
+        )
     elif family == "minimax_m2":
         bias = dict(site.block.named_buffers())["e_score_correction_bias"].double()[left]
         chosen, weights = _sigmoid_with_bias(logits, bias, k, True, 1.0)

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import reference
 import torch
-from families import SWEEP, WITH_SHARED, build, ready, texts
+from families import SWEEP, WITH_SHARED, Float64Throughout, build, ready, texts
 
 from audit.calibration import Calibration
 from audit.engine import Engine
@@ -107,14 +107,14 @@ def _drawn(calibration: Calibration, seed: int):
     return drawn
 
 
-def within(distances: dict[str, float]) -> None:
-    assert distances["kl"] <= KL, distances
-    assert max(distances.values()) <= OTHERS, distances
+def within(distances: dict[str, float], kl: float = KL, others: float = OTHERS) -> None:
+    assert distances["kl"] <= kl, distances
+    assert max(distances.values()) <= others, distances
 
 
-def large_enough(effects: pd.DataFrame) -> None:
+def large_enough(effects: pd.DataFrame, factor: float = 100.0) -> None:
     """The comparison means something only where the effects are far larger than its tolerance."""
-    assert effects["kl"].median() > 100 * KL
+    assert effects["kl"].median() > factor * KL
     assert effects["delta_loss"].abs().median() > 10 * OTHERS
 
 
@@ -125,7 +125,6 @@ def test_token_scope(family: str) -> None:
     assert model.reroute_refused is None
     assert model.description.shared_experts == (family in WITH_SHARED)
     distances, effects = compare(model, "token", asked(model))
-    print(family, "token", {k: f"{v:.0e}" for k, v in distances.items()}, len(effects), effects["kl"].median())
     within(distances)
     large_enough(effects)
 
@@ -134,7 +133,6 @@ def test_token_scope(family: str) -> None:
 def test_sequence_scope(family: str) -> None:
     model = ready(family, FAMILIES.index(family) % 2)
     distances, effects = compare(model, "sequence", asked(model))
-    print(family, "sequence", {k: f"{v:.0e}" for k, v in distances.items()}, len(effects), effects["kl"].median())
     within(distances)
     large_enough(effects)
 
@@ -221,7 +219,8 @@ def test_grid(family: str, size: str, seed: int, scope: str) -> None:
     assert model.description.engine == "sweep"
     lengths = (21, 1, 9)
     positions = [np.array([0, 1, 9, 10, 19, 20]), np.array([0]), np.array([0, 4, 8])]
-    distances, effects = compare(
+    with Float64Throughout():
+        distances, effects = compare(
         model,
         scope,
         suited(model, asked(model)),
@@ -232,5 +231,7 @@ def test_grid(family: str, size: str, seed: int, scope: str) -> None:
         micro_batch=(7, 64, 500, 4096)[seed],
         seed=seed,
     )
-    within(distances)
-    large_enough(effects)
+    # Norms are relative and stored as float32; outcomes have that rounding taken off already.
+    within(distances, 1e-9, 2e-7)
+    assert max(distances[name] for name in OUTCOMES) <= 1e-8, distances
+    large_enough(effects, 10.0)
