@@ -37,6 +37,10 @@ EFFECTS = pa.schema(
         ("experts", pa.list_(pa.int16())),  # null unless unit is set
         ("slot", pa.int8()),  # rank of the expert in the router's own order; null unless unit is expert
         ("intervention", _WORD),
+        (
+            "target",
+            _WORD,
+        ),  # how the experts were selected: each, all, highest, lowest, listed, shared; null for identity
         ("parameter", pa.float32()),  # the factor of scale, the count of highest and lowest; null otherwise
         ("draw", pa.int16()),  # of resample; null otherwise
         ("scope", _WORD),

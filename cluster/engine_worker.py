@@ -7,13 +7,17 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import fsspec
 import torch
 
 from audit.calibration import Calibration
 from audit.config import AuditConfig, ConfigError
 from audit.engine import Engine
-from audit.models import MoEModel, load_model
+from audit.engine.validate import load
+from audit.models import MoEModel
+from audit.models.weights import weight_metrics
 from audit.observations.reservoir import SIZE
+from audit.studies.observed import metric_table
 from cluster.tasks import Task
 from cluster.worker import Output
 
@@ -30,7 +34,7 @@ def load_engine(config: AuditConfig, resolved: Mapping[str, Any] | None = None) 
         "method": config.engine.method,
         "device": config.model.device,
     }
-    model = load_model(
+    model = load(
         config.model.location(config.folder),
         revision=config.model.revision,
         dtype=config.model.dtype,
@@ -98,7 +102,12 @@ class EngineWorker:
             )
         name = f"observations/{task.id}-{attempt}-{uuid.uuid4().hex[:8]}"
         calibration.save(f"{self._folder}/{name}")
-        return Output({"folder": name})
+        if task.kind != "merge":
+            return Output({"folder": name})
+        table = metric_table(calibration.observations, weight_metrics(self._engine.model))
+        with fsspec.open(f"{self._folder}/{name}/metrics.parquet", "wb") as file:
+            table.to_parquet(file, index=False)
+        return Output({"folder": name, "metrics": f"{name}/metrics.parquet"})
 
     def _load(self, name: str) -> Calibration:
         if self._calibration is None or self._calibration[0] != name:

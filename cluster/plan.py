@@ -110,11 +110,12 @@ def require_distinct(interventions: Sequence[Intervention]) -> None:
     seen: dict[tuple[object, ...], int] = {}
     for number, intervention in enumerate(interventions):
         target = intervention.target
-        unit = {"each": "expert", "shared": "shared"}.get(target.selection, "set")
         parameter = intervention.factor if intervention.kind == "scale" else target.count
-        first = seen.setdefault((unit, intervention.kind, parameter), number)
+        first = seen.setdefault((target.selection, intervention.kind, parameter), number)
         if first != number:
-            same = f"unit {unit}, {intervention.kind}" + ("" if parameter is None else f", parameter {parameter:g}")
+            same = f"target {target.selection}, {intervention.kind}" + (
+                "" if parameter is None else f", parameter {parameter:g}"
+            )
             raise ConfigError(
                 f"interventions.{number}: its effects would not be told from those of interventions.{first} ({same}); "
                 "give each an audit of its own"

@@ -10,13 +10,14 @@ import hashlib
 from collections.abc import Callable, Sequence
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
 import ray.data
 
 from audit.runfolder import RunFolder
 from audit.studies import summary
 
-RESULTS = ("layers", "experts", "noise_floor")
+RESULTS = ("layers", "experts", "noise_floor")  # and metrics, where the experts were observed
 
 
 def fingerprint(folder: RunFolder) -> str:
@@ -38,7 +39,9 @@ def is_reduced(folder: RunFolder) -> bool:
 
 
 def reduce(folder: RunFolder) -> None:
-    """Write results/layers.parquet, experts.parquet and noise_floor.parquet from every committed effect."""
+    """Write results/layers.parquet, experts.parquet and noise_floor.parquet from every committed effect, and
+    metrics.parquet from what was observed of the experts.
+    """
     manifests = folder.manifests()
     changes = [
         receipt["routing_changes"]
@@ -55,8 +58,23 @@ def reduce(folder: RunFolder) -> None:
     )
     tables = {"layers": summary.layer_summary(merged), "experts": summary.expert_summary(merged), "noise_floor": floor}
     assert set(tables) == set(RESULTS)
+    observed = _metrics(folder)
+    if observed is not None:
+        tables["metrics"] = observed
     for name, table in tables.items():
         folder.write_table(name, table.replace_schema_metadata({"tasks": fingerprint(folder)}))
+
+
+def _metrics(folder: RunFolder) -> pa.Table | None:
+    """The metrics of the audited documents where these were observed (``calibration.from``), else of the
+    calibration.
+    """
+    receipts = folder.done()
+    for task in ("merge-audited", "merge-calibration"):
+        path = receipts.get(task, {}).get("metrics")
+        if path is not None:
+            return pq.read_table(folder.path(str(path)), filesystem=folder.arrow_filesystem())
+    return None
 
 
 def _mapped(folder: RunFolder, function: Callable[[pa.Table], pa.Table], columns: Sequence[str]) -> list[pa.Table]:

@@ -53,8 +53,9 @@ def run(given: argparse.Namespace) -> int:
         output.complain(f"stopped with {committed}; the same command goes on from there")
         return outcome.exit_status
     output.show_results(folder)
-    for note in _notes(folder):
+    for note in [*_about(folder), *_notes(folder)]:
         output.say(note)
+    output.say(f"result tables in {folder.path('results')}, every effect in {folder.path('effects')}")
     if outcome.quarantined or outcome.blocked:
         lost = f"{len(outcome.quarantined)} tasks are quarantined: {', '.join(sorted(outcome.quarantined))}"
         also = f", and {len(outcome.blocked)} that need them were not run" if outcome.blocked else ""
@@ -96,6 +97,17 @@ def models(given: argparse.Namespace) -> int:
 
 def _tasks(job: Job) -> int:
     return sum(len(tasks) for _, tasks in job.stages)
+
+
+def _about(folder: RunFolder) -> list[str]:
+    """The text that was audited, what of it was left out, and the method where it is not the usual one."""
+    run = folder.require_run()
+    model = run["model"] if "model" in run else {}
+    method = run["identity"].get("resolved", {}).get("method")
+    about = [f"corpus: {run['corpus']['summary']}"] if "corpus" in run else []
+    if method == "oracle":
+        about.append(f"one whole forward per effect (oracle): {model.get('engine_reason', 'asked for')}")
+    return about
 
 
 def _notes(folder: RunFolder) -> list[str]:

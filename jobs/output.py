@@ -32,7 +32,7 @@ def show_results(folder: RunFolder) -> None:
         layers, experts, floor = (folder.read_table(name).to_pandas() for name in ("layers", "experts", "noise_floor"))
     except FileNotFoundError:
         return
-    keys = ["unit", "intervention", "parameter", "scope"]
+    keys = ["unit", "intervention", "target", "parameter", "scope"]
     for cell, mine in layers.groupby(keys, dropna=False, sort=True):
         what = _cell(*cell)
         _print(f"Mean effect per layer: {what}", [{"layer": row["layer"], **_effects(row)} for row in _rows(mine)])
@@ -127,9 +127,12 @@ def _effects(row: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _cell(unit: str, intervention: str, parameter: float, scope: str) -> str:
+def _cell(unit: str, intervention: str, target: str, parameter: float, scope: str) -> str:
     named = "" if pd.isna(parameter) else f" {parameter:g}"
-    return f"{intervention}{named}, unit {unit}, scope {scope}"
+    selected = {"each": "every active expert by itself", "shared": "the shared experts"}.get(
+        target, f"{target} experts"
+    )
+    return f"{intervention}{named}, {selected}, scope {scope}"
 
 
 def _effect(value: float, below: bool | None) -> str:

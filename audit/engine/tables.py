@@ -81,6 +81,7 @@ def _what_was_done(effect: Effects, scope: str) -> dict[str, pa.Array]:
         "experts": _sets(effect) if unit == "set" else pa.nulls(size, EFFECTS.field("experts").type),
         "slot": _masked(_numpy(worlds.slot_P), pa.int8()),
         "intervention": _word(intervention.kind, size, "intervention"),
+        "target": pa.nulls(size, EFFECTS.field("target").type) if worlds.identity else _word(selection, size, "target"),
         "parameter": pa.nulls(size, pa.float32())
         if parameter is None
         else pa.array(np.full(size, parameter, dtype=np.float32)),

@@ -9,7 +9,9 @@ from audit.observations import weight_statistics
 
 
 def weight_metrics(model: MoEModel) -> pd.DataFrame:
-    """``weight_statistics`` of every MoE layer. Layers whose router holds no matrix with a row per expert are left out."""
+    """``weight_statistics`` of every MoE layer. Layers whose router holds no matrix with a row per expert are
+    left out.
+    """
     frames = []
     for layer, site in model.sites.items():
         matrices = [p for p in site.router.parameters() if p.dim() == 2] if site.router is not None else []

@@ -1,9 +1,9 @@
 """Summary of an audit: what every layer and every expert does on average, and the noise floor it has to exceed.
 
-Effects are averaged within (layer, unit, intervention, parameter, scope), never over them. Sums are exact: an outcome
-is a 32-bit float, m 2^e with an integer m, so that adding the m of equal exponents in integers loses nothing. Whatever
-the order in which rows arrive and however they are cut into tables, the result is the same to the last bit (this
-project).
+Effects are averaged within (layer, unit, intervention, target, parameter, scope), never over them. Sums are exact: an
+outcome is a 32-bit float, m 2^e with an integer m, so that adding the m of equal exponents in integers loses nothing.
+Whatever the order in which rows arrive and however they are cut into tables, the result is the same to the last bit
+(this project).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
 
-CELL = ("layer", "unit", "intervention", "parameter", "scope")
+CELL = ("layer", "unit", "intervention", "target", "parameter", "scope")
 AVERAGED = ("kl", "delta_loss", "abs_delta_loss", "js", "tv", "top1_flip", "gap_norm")
 COMPARED = ("kl", "delta_loss", "js", "tv")  # outcomes with a noise floor
 NOISE_QUANTILE = 0.999
@@ -30,6 +30,7 @@ _PARTIAL = pa.schema(
         ("layer", pa.int64()),
         ("unit", pa.string()),
         ("intervention", pa.string()),
+        ("target", pa.string()),
         ("parameter", pa.float64()),
         ("scope", pa.string()),
         ("expert", pa.int64()),

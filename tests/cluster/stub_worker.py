@@ -64,6 +64,7 @@ def tables(task: Task) -> dict[str, pa.Table]:
         "expert": pa.array(random.integers(EXPERTS, size=n), mask=identity),
         "slot": pa.array(slot, mask=identity),
         "intervention": np.where(identity, "scale", "zero"),
+        "target": pa.array(["each"] * n, mask=identity),
         "scope": ["token"] * n,
         "parameter": pa.array(np.ones(n), mask=~identity),
         "routing_weight": random.random(n),

@@ -117,7 +117,7 @@ def test_ids_begin_with_their_stage() -> None:
 
 
 def test_effects_that_the_table_could_not_tell_apart_are_not_measured_together() -> None:
-    sets = [{"kind": "zero", "target": {"highest": 2}}, {"kind": "zero", "target": {"lowest": 2}}]
-    with pytest.raises(ConfigError, match=r"interventions\.1: .* interventions\.0 \(unit set, zero, parameter 2\)"):
+    sets = [{"kind": "zero", "target": {"listed": [1]}}, {"kind": "zero", "target": {"listed": [2, 3]}}]
+    with pytest.raises(ConfigError, match=r"interventions\.1: .* interventions\.0 \(target listed, zero\)"):
         planned(interventions=sets)
-    planned(interventions=[{"kind": "zero"}, sets[0], {"kind": "zero", "target": {"lowest": 1}}])
+    planned(interventions=[{"kind": "zero", "target": {s: 2}} for s in ("highest", "lowest")])

@@ -32,6 +32,7 @@ def random_frame(rows: int, seed: int = 0) -> pd.DataFrame:
             "expert": random.integers(0, 4, rows),
             "unit": "expert",
             "intervention": random.choice(["zero", "scale"], rows),
+            "target": "each",
             "scope": "token",
             "delta_loss": loss,
             "kl": kl,
