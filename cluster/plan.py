@@ -137,6 +137,11 @@ class Planner:
         self._layers = audited_layers(config, engine.model.description)
         self._interventions = config.build_interventions()
         require_distinct(self._interventions)
+        longest = max((len(sequence) for sequence in self._audited), default=1)
+        try:
+            engine.require_room(longest, self._layers, self._interventions, config.scope)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
         device = engine.model.device.type
         self._flops_per_second = NOMINAL_FLOPS.get(device, NOMINAL_FLOPS["cpu"]) * (
             config.engine.threads if device == "cpu" else 1

@@ -102,7 +102,7 @@ def _tasks(job: Job) -> int:
 def _about(folder: RunFolder) -> list[str]:
     """The text that was audited, what of it was left out, and the method where it is not the usual one."""
     run = folder.require_run()
-    model = run["model"] if "model" in run else {}
+    model = run.get("model", {})
     method = run["identity"].get("resolved", {}).get("method")
     about = [f"corpus: {run['corpus']['summary']}"] if "corpus" in run else []
     if method == "oracle":

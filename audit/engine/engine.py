@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
 import numpy as np
 import pyarrow as pa
@@ -70,6 +71,11 @@ class Engine:
         seed: int = 0,
         method: str = "auto",
     ) -> None:
+        if method not in ("auto", "sweep", "oracle"):
+            raise ValueError(f"engine.method: {method!r} is unknown; known are auto, sweep, oracle")
+        for name, value in (("identity_every", identity_every), ("micro_batch", micro_batch)):
+            if value is not None and value < 1:
+                raise ValueError(f"engine.{name}: {value} is not possible; it must be at least 1")
         if method == "sweep" and model.description.engine != "sweep":
             raise ValueError(
                 f"engine.method: 'sweep' is not possible, {model.description.engine_reason}; use auto or oracle"
@@ -100,8 +106,11 @@ class Engine:
 
         The tables' schemas are ``audit.effects.EFFECTS`` and ``TOKENS``. Raises ValueError for what cannot be measured.
         """
+        if scope not in get_args(Scope):
+            raise ValueError(f"scope: {scope!r} is unknown; known are {', '.join(get_args(Scope))}")
         self._check(sequences, positions, layers, interventions, calibration)
-        longest = max((len(s.token_ids) for s in sequences), default=1)
+        longest = max(len(s.token_ids) for s in sequences)
+        self.require_room(longest, layers, interventions, scope)
         micro_batch, halvings, skipped = self.micro_batch(longest), 0, 0
         tokens: list[pa.Table] = []
         effects: list[pa.Table] = []
@@ -153,6 +162,31 @@ class Engine:
         """What measuring ``positions[i]`` tokens of sequences of ``lengths[i]`` tokens will take, before it runs."""
         worlds = float(sum(worlds_per_row(i, self.sizes.top_k) for i in interventions))
         return cost_of(self.sizes, lengths, positions, layers, worlds, interventions, scope, self.identity_every)
+
+    def require_room(
+        self, length: int, layers: Sequence[int], interventions: Sequence[Intervention], scope: Scope
+    ) -> None:
+        """Raise ValueError where the memory does not hold one audited token of a sequence of ``length``."""
+        micro_batch = self.micro_batch(length)
+        left, clean, per_position = self._shares(length, layers, interventions, micro_batch, scope)
+        if left < length * clean + per_position:
+            needed = self.memory - left + length * clean + per_position
+            raise ValueError(
+                f"engine.memory: {self.memory / 2**20:,.0f} MiB do not hold one token of a sequence of "
+                f"{length}; give at least {needed / 2**20:,.0f} MiB or shorter sequences"
+            )
+
+    def _shares(
+        self, length: int, layers: Sequence[int], interventions: Sequence[Intervention], micro_batch: int, scope: Scope
+    ) -> tuple[float, float, float]:
+        """Bytes left beside a micro-batch, bytes per clean token, bytes per audited position."""
+        sizes = self.sizes
+        worlds = sum(worlds_per_row(i, sizes.top_k) for i in interventions) + 1.0 / self.identity_every
+        # In sequence scope worlds come and go; all clean layers stay until the sequence is done.
+        held = len(layers) if scope == "token" else 4
+        kept = 1 if scope == "token" else len(self.model.layers)
+        left = self._working - micro_batch * sizes.row_bytes(length)
+        return left, sizes.clean_bytes() * kept, sizes.audited_bytes() + sizes.virtual_bytes() * worlds * held
 
     # ---- one sweep --------------------------------------------------------------------------------------------------
 
@@ -209,23 +243,13 @@ class Engine:
         """Several short sequences in one sweep, the positions of a long one in several, as the working
         memory allows.
         """
-        sizes = self.sizes
-        worlds = sum(worlds_per_row(i, sizes.top_k) for i in interventions) + 1.0 / self.identity_every
-        per_position = sizes.audited_bytes() + sizes.virtual_bytes() * worlds * (len(layers) if scope == "token" else 4)
-        clean = sizes.clean_bytes() * (1 if scope == "token" else len(self.model.layers))
         batch: list[TokenSequence] = []
         at: list[NDArray[np.int64]] = []
         clean_rows = audited = 0
         for sequence, rows in zip(sequences, positions, strict=True):
             T = len(sequence.token_ids)
-            left = self._working - micro_batch * sizes.row_bytes(T)
+            left, clean, per_position = self._shares(T, layers, interventions, micro_batch, scope)
             most = int((left - T * clean) // per_position)
-            if most < 1:
-                needed = (T * clean + per_position + micro_batch * sizes.row_bytes(T)) + self.memory - self._working
-                raise ValueError(
-                    f"engine.memory: {self.memory / 2**20:,.0f} MiB do not hold one token of a sequence of "
-                    f"{T}; give at least {needed / 2**20:,.0f} MiB or shorter sequences"
-                )
             for part in np.array_split(rows, -(-len(rows) // most)) if len(rows) else []:
                 fits = (clean_rows + T) * clean + (
                     audited + len(part)
