@@ -170,8 +170,8 @@ def _fields(task: Task) -> dict[str, object]:
 def test_a_finished_run_prints_its_tables_again_at_once(place: Path, finished: Path, call: Call) -> None:
     status, out, err = call("run", place / "audit.yaml", "--out", finished)
     assert (status, err) == (0, "")
-    assert "Mean effect per layer: zero, unit expert, scope token" in out
-    assert "Most important experts by mean KL: mean, unit expert, scope token" in out
+    assert "Mean effect per layer: zero, every active expert by itself, scope token" in out
+    assert "Most important experts by mean KL: mean, every active expert by itself, scope token" in out
     assert "Least important experts" in out
     assert "Noise floor" in out
     layers = RunFolder(str(finished)).read_table("layers").to_pandas()
