@@ -17,6 +17,7 @@ scale         y + (factor - 1) c_i (arXiv 2601.10159); factor 0 is ``zero``, 1 i
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -52,6 +53,12 @@ class Target:
             raise ValueError(
                 f"target.count: {self.count} has no meaning for {self.selection!r}; it goes with highest and lowest"
             )
+        if self.selection not in ("each", "listed") and self.experts is not None:
+            raise ValueError(
+                f"target.experts: {list(self.experts)} have no meaning for {self.selection!r}; use each or listed"
+            )
+        if self.experts is not None and not self.experts:
+            raise ValueError("target.experts: the list is empty; name at least one expert id, or leave it out")
         if self.selection == "listed" and not self.experts:
             raise ValueError("target.experts: a listed target needs at least one expert id")
 
@@ -75,6 +82,8 @@ class Intervention:
                 f"intervention.factor: {self.factor} does not fit kind {self.kind!r}; scale needs one, the "
                 "others take none"
             )
+        if self.factor is not None and not math.isfinite(self.factor):
+            raise ValueError(f"intervention.factor: {self.factor} is not a finite number")
         if self.draws < 1 or (self.draws > 1 and self.kind != "resample"):
             raise ValueError(
                 f"intervention.draws: {self.draws} does not fit kind {self.kind!r}; resample takes 1 or more, "

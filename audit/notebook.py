@@ -63,7 +63,8 @@ def calibrate(model: MoEModel, text: Text | Sequence[Text], *, stored_outputs: i
 
 def sequences(model: MoEModel, text: Text | Sequence[Text], domain: str = "text") -> list[TokenSequence]:
     """Strings or token ids as the sequences that an :class:`~audit.engine.Engine` takes, one document each."""
-    several = [text] if isinstance(text, str) or (len(text) > 0 and isinstance(text[0], int)) else list(text)
+    single = isinstance(text, str) or not len(text) or (not isinstance(text[0], str) and np.ndim(text[0]) == 0)
+    several = [text] if single else list(text)
     return [_sequence(model, number, one, domain) for number, one in enumerate(several)]  # type: ignore[arg-type]
 
 

@@ -110,7 +110,9 @@ def outcomes(change_RV: Tensor, baseline: Baseline, row_R: Tensor) -> Outcomes:
     tv_R = d_RV.abs().sum(-1).mul_(0.5)
     log_mixture_RV = s_RV.mul_(0.5).log1p_()  # log((p + p') / 2p)
     shared_R = _dot(p_RV, log_mixture_RV)
-    js_R = 0.5 * (_dot(d_RV, v_RV.sub_(log_mixture_RV)) - kl_R - 2.0 * shared_R)
+    # Bounded entry by entry (log(2p' / (p + p')) <= ln 2), so that nothing large cancels where the change is large.
+    ratio_RV = v_RV.sub_(kl_R[:, None]).sub_(log_mixture_RV)
+    js_R = 0.5 * (_dot(d_RV.add_(p_RV), ratio_RV) - shared_R)
     delta_loss_R = kl_R - (delta_logit_R - mean_R)
     result = Outcomes(
         delta_loss_R, kl_R, js_R.clamp_(0.0, 0.6931471805599453), tv_R.clamp_(0.0, 1.0), flip_R, delta_logit_R

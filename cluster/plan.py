@@ -139,6 +139,7 @@ class Planner:
         require_distinct(self._interventions)
         longest = max((len(sequence) for sequence in self._audited), default=1)
         try:
+            engine.require_possible(self._layers, self._interventions, config.scope, config.all_positions)
             engine.require_room(longest, self._layers, self._interventions, config.scope)
         except ValueError as error:
             raise ConfigError(str(error)) from error

@@ -106,9 +106,9 @@ class Engine:
 
         The tables' schemas are ``audit.effects.EFFECTS`` and ``TOKENS``. Raises ValueError for what cannot be measured.
         """
-        if scope not in get_args(Scope):
-            raise ValueError(f"scope: {scope!r} is unknown; known are {', '.join(get_args(Scope))}")
-        self._check(sequences, positions, layers, interventions, calibration)
+        self.require_possible(layers, interventions, scope, all_positions)
+        self._check_tokens(sequences, positions)
+        _check_calibration(interventions, calibration)
         longest = max(len(s.token_ids) for s in sequences)
         self.require_room(longest, layers, interventions, scope)
         micro_batch, halvings, skipped = self.micro_batch(longest), 0, 0
@@ -162,6 +162,35 @@ class Engine:
         """What measuring ``positions[i]`` tokens of sequences of ``lengths[i]`` tokens will take, before it runs."""
         worlds = float(sum(worlds_per_row(i, self.sizes.top_k) for i in interventions))
         return cost_of(self.sizes, lengths, positions, layers, worlds, interventions, scope, self.identity_every)
+
+    def require_possible(
+        self,
+        layers: Sequence[int],
+        interventions: Sequence[Intervention],
+        scope: Scope = "token",
+        all_positions: bool = False,
+    ) -> None:
+        """Raise ValueError, one sentence, where this model cannot take these interventions at these layers."""
+        if scope not in get_args(Scope):
+            raise ValueError(f"scope: {scope!r} is unknown; known are {', '.join(get_args(Scope))}")
+        if all_positions and scope == "token":
+            raise ValueError("all_positions: true goes with scope sequence; at one token there are no other positions")
+        if not layers:
+            raise ValueError("layers: the list is empty; name at least one MoE layer")
+        for number, intervention in enumerate(interventions):
+            if intervention in interventions[:number]:
+                raise ValueError(
+                    f"interventions.{number}: it repeats interventions.{interventions.index(intervention)}"
+                )
+        for layer in layers:
+            if layer not in self.model.sites:
+                known = ", ".join(map(str, self.model.description.moe_layers))
+                raise ValueError(f"layers: {layer} is not an MoE layer; those are {known}")
+            site = self.model.sites[layer]
+            for intervention in interventions:
+                intervention.check(site.top_k, site.num_experts, site.shared is not None)
+        if any(i.kind == "reroute" for i in interventions) and self.model.reroute_refused:
+            raise ValueError(f"intervention.kind: reroute is refused for this model, {self.model.reroute_refused}")
 
     def require_room(
         self, length: int, layers: Sequence[int], interventions: Sequence[Intervention], scope: Scope
@@ -263,15 +292,8 @@ class Engine:
         if batch:
             yield batch, at
 
-    def _check(
-        self,
-        sequences: Sequence[TokenSequence],
-        positions: Sequence[NDArray[np.int64]],
-        layers: Sequence[int],
-        interventions: Sequence[Intervention],
-        calibration: Calibration | None,
-    ) -> None:
-        description, limit = self.model.description, self.model.description.context_limit
+    def _check_tokens(self, sequences: Sequence[TokenSequence], positions: Sequence[NDArray[np.int64]]) -> None:
+        limit = self.model.description.context_limit
         if len(positions) != len(sequences) or not sum(len(at) for at in positions):
             raise ValueError(
                 f"positions: {sum(len(at) for at in positions)} positions for {len(sequences)} sequences; "
@@ -287,23 +309,16 @@ class Engine:
                 raise ValueError(
                     f"positions: those of sequence {sequence.index} must be ascending and lie in 0 to {T - 1}"
                 )
-        for layer in layers:
-            if layer not in self.model.sites:
-                raise ValueError(
-                    f"layers: {layer} is not an MoE layer; those are {', '.join(map(str, description.moe_layers))}"
-                )
-        for intervention in interventions:
-            for layer in layers:
-                site = self.model.sites[layer]
-                intervention.check(site.top_k, site.num_experts, site.shared is not None)
-            if intervention.kind == "reroute" and self.model.reroute_refused:
-                raise ValueError(f"intervention.kind: reroute is refused for this model, {self.model.reroute_refused}")
-            if intervention.kind in NEEDS_CALIBRATION and calibration is None:
-                raise ValueError(
-                    f"intervention.kind: {intervention.kind} needs a calibration; pass what Engine.observe returned"
-                )
-            if intervention.kind == "resample" and calibration is not None and calibration.stored is None:
-                raise ValueError("intervention.kind: resample needs stored outputs; observe with stored_outputs=256")
+
+
+def _check_calibration(interventions: Sequence[Intervention], calibration: Calibration | None) -> None:
+    for intervention in interventions:
+        if intervention.kind in NEEDS_CALIBRATION and calibration is None:
+            raise ValueError(
+                f"intervention.kind: {intervention.kind} needs a calibration; pass what Engine.observe returned"
+            )
+        if intervention.kind == "resample" and calibration is not None and calibration.stored is None:
+            raise ValueError("intervention.kind: resample needs stored outputs; observe with stored_outputs=256")
 
 
 def _count_changes(result: Result, changes: dict[int, tuple[int, int]]) -> None:

@@ -63,7 +63,8 @@ class MoEModel:
     attention_modules: list[tuple[nn.Module, ...]]  # per layer
     head: Head
     description: ModelDescription
-    reroute_refused: str | None = None
+    # Why reroute is refused; None once validation has seen that it works.
+    reroute_refused: str | None = "the model was not validated (audit.load and audit.validate do that)"
 
     @property
     def device(self) -> torch.device:

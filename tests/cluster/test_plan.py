@@ -33,6 +33,9 @@ class FakeEngine:
         rows = sum(positions) * len(layers) * len(interventions)
         return Cost(rows, float(sum(lengths)) + 1e9 * rows, 45 * rows)
 
+    def require_possible(self, layers: Any, interventions: Any, scope: str, all_positions: bool) -> None:
+        pass
+
     def require_room(self, length: int, layers: Any, interventions: Any, scope: str) -> None:
         if length > 10_000:
             raise ValueError(f"engine.memory: too little for a sequence of {length}")
