@@ -23,7 +23,7 @@ from cluster.meter import Meter
 from cluster.replica import Fleet, Handle, Replica, ReplicaLostError, ReplicaUnreachableError, Result, TaskError
 from cluster.tasks import Task
 
-_WAIT_SECONDS = 0.2  # how long the loop may sleep: the delay of a stop signal and of the progress bar
+_WAIT_SECONDS = 0.5  # how long the loop may sleep: the delay of a stop signal and of the progress bar
 _PROGRESS_SECONDS = 10.0  # between lines of progress.jsonl
 
 
@@ -57,7 +57,7 @@ class Policy:
     hang_seconds: float = 1800.0
     commit_results: int = 64
     commit_bytes: int = 256 << 20
-    commit_seconds: float = 30.0
+    commit_seconds: float = 60.0
     relaunch_seconds: float = 1.0  # pause before a replacement, times the losses in a row
 
 

@@ -10,7 +10,7 @@ from audit.config.mistakes import ConfigError
 from audit.config.specification import AuditConfig
 
 if TYPE_CHECKING:
-    from audit.models.loading import ModelDescription
+    from audit.models.description import ModelDescription
 
 
 def check_against(config: AuditConfig, description: ModelDescription) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from audit.calibration import Calibration
 from audit.engine.worlds import Routed, Worlds, changed_output
 from audit.models.attention import Prefixes
-from audit.models.loading import MoEModel
+from audit.models.moe_model import MoEModel
 from audit.models.router import Strike, correction_biases
 from audit.models.rows import Rows
 from audit.models.seam import first_tensor, map_tensors, replaced, with_first

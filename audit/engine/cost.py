@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from audit.interventions import Intervention
-from audit.models.loading import MoEModel, text_config
+from audit.models.description import text_config
+from audit.models.moe_model import MoEModel
 
 # Python, torch, transformers and Arrow once imported (CPU), or a CUDA context with its libraries: measured
 # 0.55-0.62 GiB.

@@ -33,7 +33,7 @@ from audit.engine.suffix import suffix
 from audit.engine.sweep import sweep, worlds_per_row
 from audit.engine.tables import effect_table, token_table
 from audit.interventions import NEEDS_CALIBRATION, Intervention, Scope
-from audit.models.loading import MoEModel
+from audit.models.moe_model import MoEModel
 
 log = logging.getLogger(__name__)
 

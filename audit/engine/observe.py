@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from audit.calibration import Calibration
 from audit.corpus import TokenSequence
-from audit.models.loading import MoEModel
+from audit.models.moe_model import MoEModel
 from audit.models.seam import first_tensor, replaced
 from audit.observations import Observations, Reservoir
 

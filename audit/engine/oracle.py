@@ -19,7 +19,7 @@ from audit.engine.result import Effects, Request, Result
 from audit.engine.worlds import IDENTITY, Case, Routed, Worlds, identity_worlds, sequence_cases, worlds_of
 from audit.interventions import Intervention
 from audit.models.experts import ModuleExperts
-from audit.models.loading import MoEModel
+from audit.models.moe_model import MoEModel
 from audit.models.router import Strike, correction_biases
 from audit.models.seam import first_tensor, replaced, with_first
 from audit.outcomes import Baseline, Outcomes, outcomes_from_logits

@@ -20,7 +20,7 @@ from audit.engine.result import Effects, Request, Result
 from audit.engine.sweep import differently_routed
 from audit.engine.worlds import IDENTITY, Case, joined, sequence_cases
 from audit.interventions import Intervention
-from audit.models.loading import MoEModel
+from audit.models.moe_model import MoEModel
 from audit.models.rows import Rows
 from audit.models.seam import replaced
 from audit.outcomes import Baseline, Outcomes

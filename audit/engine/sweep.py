@@ -21,7 +21,7 @@ from audit.engine.readout import Readout, next_tokens
 from audit.engine.result import Effects, Request, Result
 from audit.engine.worlds import Routed, Worlds, identity_worlds, worlds_of
 from audit.interventions import Intervention
-from audit.models.loading import MoEModel
+from audit.models.moe_model import MoEModel
 from audit.models.rows import Rows
 from audit.models.seam import replaced
 

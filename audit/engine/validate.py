@@ -21,8 +21,10 @@ from torch import Tensor, nn
 from audit.corpus import TokenSequence
 from audit.engine.engine import Engine
 from audit.interventions import Intervention
+from audit.models.description import text_config
 from audit.models.discovery import ModelError, Site
-from audit.models.loading import MoEModel, load_model, text_config
+from audit.models.loading import load_model
+from audit.models.moe_model import MoEModel
 from audit.models.router import Strike, correction_biases, verify
 from audit.models.seam import replaced
 

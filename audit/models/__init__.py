@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from audit.models.description import ModelDescription, describe
 from audit.models.discovery import ModelError
-from audit.models.loading import ModelDescription, MoEModel, describe, load_model, prepare
+from audit.models.loading import load_model, prepare
+from audit.models.moe_model import MoEModel
 
 __all__ = ["MoEModel", "ModelDescription", "ModelError", "describe", "load_model", "prepare"]

@@ -4,97 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
-from audit.demo import CHECKPOINT
 from audit.models import attention
+from audit.models.description import description_of, text_config
 from audit.models.discovery import ModelError, Site, decoder_layers, find_sites, promised_moe_layers
 from audit.models.experts import Experts, ModuleExperts, SortedExperts, agrees
 from audit.models.head import Head
 from audit.models.linear import LinearPath, OneDNNLinear, fastest_linear, onednn_agrees
+from audit.models.moe_model import MoEModel
 from audit.models.rows import Rows, clean_forward
 from audit.models.seam import record_calls, replaced, tensors_in
-
-DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass(frozen=True, slots=True)
-class ModelDescription:
-    """What was found in a checkpoint; everything a person or a plan needs to know without the weights."""
-
-    source: str
-    family: str
-    parameters: int
-    bytes: int
-    layers: int
-    moe_layers: tuple[int, ...]
-    experts: int
-    top_k: int
-    router_rule: str
-    shared_experts: bool
-    hidden_size: int
-    vocabulary: int
-    context_limit: int | None
-    engine: str  # "sweep" or "oracle"
-    engine_reason: str
-    notes: list[str] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class MoEModel:
-    """A loaded model with its MoE layers found and its fast paths chosen."""
-
-    module: nn.Module
-    tokenizer: Any
-    layers: nn.ModuleList
-    sites: dict[int, Site]
-    experts: dict[int, Experts]
-    experts_path: str  # "module" or "sorted"
-    linear_path: LinearPath
-    position_dims: list[
-        list[int | None]
-    ]  # per layer, per tensor it is called with: the dimension that runs over positions
-    attention_modules: list[tuple[nn.Module, ...]]  # per layer
-    head: Head
-    description: ModelDescription
-    # Why reroute is refused; None once validation has seen that it works.
-    reroute_refused: str | None = "the model was not validated (audit.load and audit.validate do that)"
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.module.parameters()).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return next(self.module.parameters()).dtype
-
-    @contextlib.contextmanager
-    def kernels(self) -> Any:
-        """Within the block the chosen matrix kernels are in use and no gradients are kept."""
-        with torch.inference_mode(), OneDNNLinear() if self.linear_path == "onednn" else contextlib.nullcontext():
-            yield
-
-    @contextlib.contextmanager
-    def own_attention(self) -> Any:
-        """Within the block the model computes attention by its library's eager code, independent of the sweep."""
-        config: Any = self.module.config
-        before = config._attn_implementation
-        self.module.set_attn_implementation("eager")  # type: ignore[operator]
-        try:
-            yield
-        finally:
-            self.module.set_attn_implementation(before)  # type: ignore[operator]
-
-
-def text_config(config: Any) -> Any:
-    """The part of a configuration that describes the language model."""
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
+from audit.models.sources import DTYPES, first_sentence, load_tokenizer, resolve_device, resolve_source
 
 
 def load_model(
@@ -126,49 +51,11 @@ def load_model(
         )  # fmt: skip
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(
-            f"model.source: {source!r} cannot be loaded ({_sentence(error)}); name a folder with a "
+            f"model.source: {source!r} cannot be loaded ({first_sentence(error)}); name a folder with a "
             "safetensors checkpoint or a hub model"
         ) from error
     tokenizer = load_tokenizer(path, **options)
     return prepare(module.to(place), tokenizer, source=source, experts=experts, linear=linear)
-
-
-def load_tokenizer(path: str, **options: Any) -> Any:
-    """The checkpoint's tokenizer, or None where it has none."""
-    try:
-        return AutoTokenizer.from_pretrained(path, **options)
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def resolve_source(source: str) -> str:
-    """The folder or hub name behind ``model.source``. Raises ModelError for a path that is not there."""
-    if source == "demo":
-        return str(CHECKPOINT)
-    looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).expanduser().exists()
-    if looks_like_path:
-        folder = Path(source).expanduser()
-        if not (folder / "config.json").is_file():
-            raise ModelError(
-                f"model.source: {source!r} holds no config.json; name the folder of a checkpoint, a hub model or demo"
-            )
-        return str(folder)
-    return source
-
-
-def resolve_device(device: str) -> torch.device:
-    """The device behind ``model.device``. Raises ModelError where it is absent."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"model.device: {device!r} is unknown; use auto, cpu, cuda or cuda:N") from error
-    if place.type == "cuda" and not torch.cuda.is_available():
-        raise ModelError(
-            f"model.device: {device!r} was asked for, but this machine has no CUDA device; use cpu or auto"
-        )
-    return place
 
 
 def prepare(
@@ -203,24 +90,15 @@ def prepare(
         chosen = "sorted" if ok else "module"
         for layer, site in sites.items():
             path[layer] = SortedExperts(site.experts) if ok else ModuleExperts(site.experts)
-    first = next(iter(sites.values()))
-    parameters = sum(p.numel() for p in module.parameters())
-    description = ModelDescription(
+    description = description_of(
+        module,
+        config,
+        len(layers),
+        sites,
         source=source,
-        family=config.model_type,
-        parameters=parameters,
-        bytes=sum(p.numel() * p.element_size() for p in module.parameters()),
-        layers=len(layers),
-        moe_layers=tuple(sites),
-        experts=max(s.num_experts for s in sites.values()),
         top_k=max(s.top_k for s in sites.values()),
-        router_rule=router_rule(first, config),
-        shared_experts=any(s.shared is not None for s in sites.values()),
-        hidden_size=config.hidden_size,
-        vocabulary=config.vocab_size,
-        context_limit=getattr(config, "max_position_embeddings", None),
-        engine=engine,
-        engine_reason=reason,
+        size=sum(p.numel() * p.element_size() for p in module.parameters()),
+        engine=(engine, reason),
         notes=notes,
     )
     return MoEModel(
@@ -236,67 +114,6 @@ def prepare(
         Head(module, layers),
         description,
     )
-
-
-def describe(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelDescription:
-    """What a checkpoint holds, from its configuration alone: no weights are read, no memory is taken."""
-    path = resolve_source(source)
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, attn_implementation="eager"
-            )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"model.source: {source!r} cannot be read ({_sentence(error)}); name a folder with a checkpoint "
-            "or a hub model"
-        ) from error
-    text = text_config(config)
-    layers = decoder_layers(module)
-    sites = find_sites(layers)
-    first = next(iter(sites.values()))
-    parameters = sum(p.numel() for p in module.parameters())
-    return ModelDescription(
-        source=source,
-        family=text.model_type,
-        parameters=parameters,
-        bytes=parameters * 2,
-        layers=len(layers),
-        moe_layers=tuple(sites),
-        experts=max(s.num_experts for s in sites.values()),
-        top_k=configured_top_k(text),
-        router_rule=router_rule(first, text),
-        shared_experts=any(s.shared is not None for s in sites.values()),
-        hidden_size=text.hidden_size,
-        vocabulary=text.vocab_size,
-        context_limit=getattr(text, "max_position_embeddings", None),
-        engine="unknown",
-        engine_reason="decided when the weights are loaded",
-        notes=["read from the configuration; bytes are for two bytes per parameter"],
-    )
-
-
-def configured_top_k(config: Any) -> int:
-    """Experts per token as the configuration names it."""
-    for name in ("num_experts_per_tok", "moe_k", "moe_topk", "top_k_experts"):
-        value = getattr(config, name, None)
-        if isinstance(value, (list, tuple)):
-            return int(max(value))
-        if isinstance(value, int):
-            return value
-    raise ModelError(f"model: the configuration of {config.model_type} does not name its experts per token")
-
-
-def router_rule(site: Site, config: Any) -> str:
-    """One phrase on how experts are chosen, read off the configuration; for people, nothing computes from it."""
-    kind = type(site.router).__name__ if site.router is not None else "inside the block"
-    facts = [
-        f"{name}={getattr(config, name)}"
-        for name in ("scoring_func", "topk_method", "norm_topk_prob", "n_group", "topk_group", "routed_scaling_factor")
-        if getattr(config, name, None) is not None
-    ]
-    return f"{kind} ({', '.join(facts)})" if facts else kind
 
 
 def _linear_path(linear: str, module: nn.Module) -> LinearPath:
@@ -334,7 +151,7 @@ def _try_sweep(
         attending = _compare_clean(module, layers, dims)
     except (ValueError, KeyError, TypeError, RuntimeError, IndexError, AttributeError) as error:
         module.set_attn_implementation("eager")
-        return "oracle", f"the sweep cannot take over this family ({_sentence(error)})", [], []
+        return "oracle", f"the sweep cannot take over this family ({first_sentence(error)})", [], []
     return "sweep", "every layer attends through transformers' attention interface", dims, attending
 
 
@@ -413,8 +230,3 @@ def _probe(module: Any, sites: dict[int, Site]) -> tuple[dict[int, Site], dict[i
         s = sites[layer]
         probed[layer] = Site(layer, s.experts, s.router, s.shared, s.block, s.num_experts, int(index.shape[1]))
     return dict(sorted(probed.items())), seen
-
-
-def _sentence(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:300].rstrip(".") if lines else type(error).__name__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from audit.models.loading import MoEModel
+from audit.models.moe_model import MoEModel
 from audit.observations import weight_statistics
 
 

@@ -20,8 +20,8 @@ def test_defaults_remove_every_active_expert_by_itself() -> None:
         ({"selection": "highest"}, "None experts cannot be removed; at least 1"),
         ({"selection": "lowest", "count": 0}, "0 experts cannot be removed; at least 1"),
         ({"selection": "each", "count": 2}, "target.count: 2 has no meaning for 'each'"),
-        ({"selection": "listed"}, "needs at least one expert id"),
-        ({"selection": "listed", "experts": ()}, "needs at least one expert id"),
+        ({"selection": "listed"}, "a listed target needs at least one expert id"),
+        ({"selection": "listed", "experts": ()}, "name at least one expert id"),
     ],
 )
 def test_targets_that_mean_nothing(arguments: dict[str, object], message: str) -> None:

@@ -89,7 +89,7 @@ def test_calibration_goes_into_mean_and_resample() -> None:
         (IDS, {"experts": [1], "interventions": []}, "interventions carry their own targets"),
         (IDS, {"memory": 1}, "engine.memory: 0 MiB do not hold the weights"),
         ([3] * 300, {}, "has 300 tokens, the model reads at most 256"),
-        ([], {}, "positions: 0 positions for 0 sequences"),
+        ([], {}, "text: 0 token ids; at least one is needed"),
     ],
 )
 def test_what_cannot_be_measured(text: object, options: dict[str, object], message: str) -> None:

@@ -13,6 +13,7 @@ from families import SWEEP, WITH_SHARED, build, ready, texts
 
 from audit.corpus import TokenSequence
 from audit.engine import Engine, Measurement
+from audit.engine.validate import validate
 from audit.interventions import Intervention, Target
 from audit.models import MoEModel, prepare
 
@@ -281,7 +282,9 @@ def test_sequences_together_give_the_same_as_alone(family: str, scope: str) -> N
 def test_a_task_run_again_is_bit_identical(dtype: torch.dtype, scope: str) -> None:
     sequences = texts((9, 4), 14)
     first, second = (
-        measure(prepare(build("deepseek_v3", 2, dtype), linear="torch"), sequences, scope=scope, micro_batch=23)
+        measure(
+            validate(prepare(build("deepseek_v3", 2, dtype), linear="torch")), sequences, scope=scope, micro_batch=23
+        )
         for _ in range(2)
     )
     assert first.effects.num_rows > 100

@@ -11,6 +11,7 @@ import torch
 from families import SWEEP, build, texts
 
 from audit.engine import Engine
+from audit.engine.validate import validate
 from audit.engine.worlds import Routed, changed_output, worlds_of
 from audit.interventions import Intervention, Target
 from audit.models import MoEModel, prepare
@@ -65,9 +66,9 @@ def routed_otherwise(table: pd.DataFrame, exact: list[torch.Tensor], rounded: li
 
 @pytest.mark.parametrize("family", SWEEP)
 def test_float32_is_within_the_noise_floor_of_the_run(family: str) -> None:
-    exact, exact_sets = swept(prepare(build(family, 2)))
+    exact, exact_sets = swept(validate(prepare(build(family, 2))))
     kernel = ("torch", "onednn")[list(SWEEP).index(family) % 2]
-    rounded, rounded_sets = swept(prepare(build(family, 2, torch.float32), linear=kernel))
+    rounded, rounded_sets = swept(validate(prepare(build(family, 2, torch.float32), linear=kernel)))
     key = ["sequence", "position", "layer", "unit", "intervention", "expert", "slot"]
     assert rounded[key].astype(str).equals(exact[key].astype(str))
     same = ~routed_otherwise(rounded, exact_sets, rounded_sets)
@@ -92,8 +93,8 @@ def test_float32_is_within_the_noise_floor_of_the_run(family: str) -> None:
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "granitemoeshared"])
 def test_bfloat16_says_how_noisy_it_is(family: str) -> None:
     """A weak promise for two digits of precision: most effects keep their size, and the floor is reported."""
-    exact, _ = swept(prepare(build(family, 2, sd=0.1).to(torch.bfloat16).to(torch.float64)))
-    model = prepare(build(family, 2, torch.bfloat16, sd=0.1))
+    exact, _ = swept(validate(prepare(build(family, 2, sd=0.1).to(torch.bfloat16).to(torch.float64))))
+    model = validate(prepare(build(family, 2, torch.bfloat16, sd=0.1)))
     engine = Engine(model, memory=2**62, micro_batch=64, identity_every=1)
     layers = [min(model.sites), max(model.sites) - 1]
     found = engine.measure(SEQUENCES, POSITIONS, layers=layers, interventions=ASKED)

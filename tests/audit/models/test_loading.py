@@ -11,7 +11,8 @@ from families import RECURRENT, SWEEP, build, config_of, ready, texts
 
 import audit
 from audit.models import ModelError, describe, prepare
-from audit.models.loading import load_model, resolve_device, resolve_source
+from audit.models.loading import load_model
+from audit.models.sources import resolve_device, resolve_source
 
 
 @pytest.fixture(scope="module")
