@@ -46,10 +46,12 @@ def read_documents(config: CorpusConfig, folder: Path) -> tuple[list[Document], 
     streams = [_stream(s, field, folder, counts) for s, field in zip(config.sources, fields, strict=True)]
     documents: list[Document] = []
     for source, field, stream in zip(config.sources, fields, streams, strict=True):
-        taken = read = 0
+        taken = read = longest = 0
         for document in stream:
             read += 1
-            if len(document.text.strip()) <= source.min_characters:
+            characters = len(document.text.strip())
+            longest = max(longest, characters)
+            if characters <= source.min_characters:
                 counts["too_short"] += 1
                 continue
             documents.append(document)
@@ -57,10 +59,12 @@ def read_documents(config: CorpusConfig, folder: Path) -> tuple[list[Document], 
             if taken == source.first:
                 break
         counts["read"] += read
+        if not longest:
+            raise ConfigError(f"{field}: its {read} documents hold no text; name a source that holds some")
         if not taken:
             raise ConfigError(
-                f"{field}.min_characters: {source.min_characters} leaves none of the {read} documents of this source; "
-                "use a smaller number, or a source with longer texts"
+                f"{field}.min_characters: {source.min_characters} leaves none of the {read} documents of this source, "
+                f"the longest of {longest} characters; use a smaller number, or a source with longer texts"
             )
     counts["duplicates"] = len(documents) - len({document.text for document in documents})
     return documents, counts
