@@ -8,6 +8,7 @@ from __future__ import annotations
 import pyarrow as pa
 
 OUTCOMES = ("delta_loss", "kl", "js", "tv", "top1_flip", "delta_logit", "gap_norm")
+REDISTRIBUTION = ("remainder_norm", "gap_cosine", "remainder_norm_shared", "gap_cosine_shared")
 UNITS = ("expert", "shared", "set", "identity")
 
 _WORD = pa.dictionary(pa.int8(), pa.string())
@@ -47,6 +48,12 @@ EFFECTS = pa.schema(
         ("routing_weight", pa.float32()),  # summed over a set; null for shared experts
         ("contribution_norm", pa.float32()),  # ||c_i||, or ||sum of c over the set||
         ("gap_norm", pa.float32()),  # ||y' - y||
+        # Where Engine.measure was asked for them, else null:
+        ("attribution", pa.float32()),  # <dL_t/dy_t, -c_i>, nats; of single experts
+        ("remainder_norm", pa.float32()),  # ||y'|| of the routed experts under zero
+        ("gap_cosine", pa.float32()),  # cos(y - y', y')
+        ("remainder_norm_shared", pa.float32()),  # both with the shared experts' output in y and y'
+        ("gap_cosine_shared", pa.float32()),
         ("delta_loss", pa.float32()),  # nats; null where there is no next token
         ("kl", pa.float32()),  # nats
         ("js", pa.float32()),  # nats, in [0, ln 2]

@@ -22,12 +22,13 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 Kind = Literal["zero", "renormalize", "reroute", "mean", "resample", "scale"]
-Selection = Literal["each", "all", "highest", "lowest", "listed", "shared"]
+Selection = Literal["each", "all", "highest", "lowest", "random", "ranked", "listed", "shared"]
 Scope = Literal["token", "sequence"]
 
 KINDS: tuple[str, ...] = get_args(Kind)
 SELECTIONS: tuple[str, ...] = get_args(Selection)
 NEEDS_CALIBRATION = frozenset({"mean", "resample"})
+COUNTED = ("highest", "lowest", "random", "ranked")  # selections of a number of experts
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,22 +37,32 @@ class Target:
 
     ``each``: every active expert by itself, one effect per slot (``experts`` restricts it to those ids).
     ``all``, ``highest``, ``lowest``: one *set* per token: all active experts, or the ``count`` of highest or
-    lowest routing weight. ``listed``: one set per token, the active ones among ``experts``. ``shared``: the
-    layer's shared experts, as one unit.
+    lowest routing weight. ``random``: one set per token and draw, the first ``count`` in a random order of the
+    active experts, drawn by a hash of (engine seed, sequence, position, layer, draw): the same in any batch, and a
+    set of n + 1 holds that of n. ``ranked``: one set per token, the ``count`` active experts whose value of the
+    metric named is largest, of equal values the lower expert id first (``Engine.measure`` takes the values, oriented
+    so that high means important). ``listed``: one set per token, the active ones among ``experts``. ``shared``:
+    the layer's shared experts, as one unit.
     """
 
     selection: Selection = "each"
     count: int | None = None
     experts: tuple[int, ...] | None = None
+    metric: str | None = None
 
     def __post_init__(self) -> None:
         if self.selection not in SELECTIONS:
             raise ValueError(f"target: {self.selection!r} is unknown; known are {', '.join(SELECTIONS)}")
-        if self.selection in ("highest", "lowest") and (self.count is None or self.count < 1):
+        if self.selection in COUNTED and (self.count is None or self.count < 1):
             raise ValueError(f"target.{self.selection}: {self.count} experts cannot be removed; at least 1 is needed")
-        if self.selection not in ("highest", "lowest") and self.count is not None:
+        if self.selection not in COUNTED and self.count is not None:
             raise ValueError(
-                f"target.count: {self.count} has no meaning for {self.selection!r}; it goes with highest and lowest"
+                f"target.count: {self.count} has no meaning for {self.selection!r}; it goes with {', '.join(COUNTED)}"
+            )
+        if (self.selection == "ranked") != bool(self.metric):
+            raise ValueError(
+                f"target.metric: {self.metric!r} does not fit {self.selection!r}; ranked needs the name of a metric, "
+                "the others take none"
             )
         if self.selection not in ("each", "listed") and self.experts is not None:
             raise ValueError(
@@ -62,11 +73,16 @@ class Target:
         if self.selection == "listed" and not self.experts:
             raise ValueError("target.experts: a listed target needs at least one expert id")
 
+    @property
+    def name(self) -> str:
+        """The selection as the effect table names it; with its metric (``ranked:reap``) where one ranks."""
+        return f"ranked:{self.metric}" if self.selection == "ranked" else self.selection
+
 
 @dataclass(frozen=True, slots=True)
 class Intervention:
-    """One do-operator with its target. ``factor`` belongs to ``scale``, ``draws`` (effects per target) to
-    ``resample``.
+    """One do-operator with its target. ``factor`` belongs to ``scale``; ``draws`` is how many times chance decides:
+    which stored output ``resample`` inserts, which experts a ``random`` target takes.
     """
 
     kind: Kind = "zero"
@@ -84,10 +100,10 @@ class Intervention:
             )
         if self.factor is not None and not math.isfinite(self.factor):
             raise ValueError(f"intervention.factor: {self.factor} is not a finite number")
-        if self.draws < 1 or (self.draws > 1 and self.kind != "resample"):
+        if self.draws < 1 or (self.draws > 1 and not self.drawn):
             raise ValueError(
-                f"intervention.draws: {self.draws} does not fit kind {self.kind!r}; resample takes 1 or more, "
-                "the others exactly 1"
+                f"intervention.draws: {self.draws} does not fit kind {self.kind!r} with target "
+                f"{self.target.selection!r}; resample and random take 1 or more, the others exactly 1"
             )
         if self.target.selection == "shared" and self.kind not in ("zero", "scale"):
             raise ValueError(
@@ -99,6 +115,11 @@ class Intervention:
                 f"intervention.target: {self.kind!r} of all active experts leaves nothing to carry their "
                 "weight; name fewer"
             )
+
+    @property
+    def drawn(self) -> bool:
+        """Whether chance decides something, so that effects are told apart by their draw."""
+        return self.kind == "resample" or self.target.selection == "random"
 
     def check(self, top_k: int, experts: int, has_shared: bool) -> None:
         """Raise ValueError where a layer with ``experts`` experts, ``top_k`` active, cannot take this intervention."""

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from audit.calibration import Calibration
+from audit.engine.result import Redistribution
 from audit.engine.worlds import Routed, Worlds, changed_output
 from audit.models.attention import Prefixes
+from audit.models.discovery import Site
 from audit.models.moe_model import MoEModel
 from audit.models.router import Strike, correction_biases
 from audit.models.rows import Rows
@@ -42,6 +44,7 @@ class Born:
     hidden_PD: Tensor
     contribution_norm_P: Tensor
     gap_norm_P: Tensor
+    redistribution: Redistribution | None
 
 
 def run_clean(model: MoEModel, rows: Rows, clean: CleanLayer, keep: bool) -> Tensor:
@@ -76,20 +79,25 @@ def bear(
     calibration: Calibration | None,
     token_T: tuple[Tensor, Tensor],
     seed: int,
+    redistribution: bool = False,
 ) -> Born:
-    """Begin ``worlds`` at the layer of ``clean``. ``token_T`` names each clean row: sequence number and position."""
+    """Begin ``worlds`` at the layer of ``clean``. ``token_T`` names each clean row: sequence number and position.
+
+    With ``redistribution``, which goes with ``zero`` of routed experts, also what remains beside what went.
+    """
     site, routed, parent = model.sites[clean.layer], clean.routed, worlds.parent_P
     assert routed is not None
     forwards = {m: _replaying(reply, parent) for m, reply in clean.replies.items() if m is not site.block}
     contribution_norm = gap_norm = None
     gap: list[Tensor] = []
+    remains = None
     if worlds.intervention.target.selection == "shared":
         assert site.shared is not None
         factor = worlds.intervention.factor or 0.0  # zero has none
         reply = forwards[site.shared]
         forwards[site.shared] = lambda *args, **kwargs: _scaled(reply(), factor)
         forwards[site.experts] = lambda *args: routed.mixture_TD[parent]
-        if any(child is site.shared for child in site.block.modules()):
+        if _shared_inside(site):
             forwards[site.block] = _comparing(site.block, clean.replies, parent, gap)
         else:  # Granite: the shared experts stand beside the block
             gap.append((factor - 1.0) * _rows(first_tensor(clean.replies[site.shared]))[parent])
@@ -104,13 +112,16 @@ def bear(
         tokens = (token_T[0][parent], token_T[1][parent])
         change_PD = changed_output(worlds, routed, contribution_PD, clean.layer, tokens, calibration, seed)
         gap.append(change_PD)
-        forwards[site.experts] = lambda *args: routed.mixture_TD[parent] + change_PD
+        changed_PD = routed.mixture_TD[parent] + change_PD
+        forwards[site.experts] = lambda *args: changed_PD
+        if redistribution:
+            remains = Redistribution.of(-change_PD, changed_PD, _shared_output(site, clean, parent))
     with replaced(forwards):
         hidden = rows.run(clean.layer, clean.hidden_TD[parent], clean.prefixes.rows(parent), parent)
     gap_norm = torch.linalg.vector_norm(gap[0], dim=-1)
     if contribution_norm is None:  # of the shared experts: what a factor of 0 would have moved
         contribution_norm = gap_norm / abs(1.0 - factor) if factor != 1.0 else torch.full_like(gap_norm, float("nan"))
-    return Born(hidden, contribution_norm, gap_norm)
+    return Born(hidden, contribution_norm, gap_norm, remains)
 
 
 def _rerouting(
@@ -149,6 +160,21 @@ def _replaying(reply: Any, parent_P: Tensor) -> Callable[..., Any]:
     return lambda *args, **kwargs: map_tensors(
         reply, lambda tensor: tensor.index_select(0 if tensor.dim() == 2 else 1, parent_P)
     )
+
+
+def _shared_inside(site: Site) -> bool:
+    """Whether the shared experts stand within the block of the routed ones, as in all families but Granite's."""
+    return any(child is site.shared for child in site.block.modules())
+
+
+def _shared_output(site: Site, clean: CleanLayer, parent_P: Tensor) -> Tensor | None:
+    """What the layer's shared experts add to the routed ones [P, D], any gate included."""
+    if site.shared is None:
+        return None
+    if not _shared_inside(site):
+        return _rows(first_tensor(clean.replies[site.shared]))[parent_P]
+    assert clean.routed is not None
+    return _rows(first_tensor(clean.replies[site.block]))[parent_P] - clean.routed.mixture_TD[parent_P]
 
 
 def _scaled(output: Any, factor: float) -> Any:

@@ -36,6 +36,7 @@ class Cost:
 
 
 BYTES_PER_EFFECT = 45  # of Parquet, zstd: measured on the demo audit
+BYTES_PER_FLOAT = 4  # of a further column of measured float32 values: they hardly compress
 
 
 class Sizes:
@@ -87,6 +88,17 @@ class Sizes:
             + (0 if self.device == "cpu" else 3 * self.element * self.heads * length)
         )
 
+    def gradient_bytes(self, first_layer: int) -> int:
+        """Bytes kept for one clean token while gradients are computed: its keys and values from ``first_layer`` up."""
+        return (self.layers - first_layer) * self.element * self.attention_width
+
+    def gradient_row_bytes(self, length: int, first_layer: int) -> int:
+        """Bytes one row of a backward holds: all it passes through from ``first_layer`` up, and its logits."""
+        wide = max(self.element, 4)  # norms and routers work in float32
+        experts = self.top_k * (2 * self.hidden + 3 * self.expert_width)
+        layer = wide * (12 * self.hidden + 2 * self.attention_width + experts + 4 * self.heads * length)
+        return (self.layers - first_layer) * layer + 4 * wide * self.vocabulary
+
 
 def working_bytes(sizes: Sizes, memory: int) -> int:
     """What is left of the budget for a sweep. Raises ValueError where nothing is."""
@@ -108,6 +120,12 @@ def micro_batch_for(sizes: Sizes, memory: int, length: int) -> int:
     return max(SMALLEST_MICRO_BATCH, min(best, int(fitting)))
 
 
+def gradient_rows_for(sizes: Sizes, working: int, clean_rows: int, length: int, first_layer: int) -> int:
+    """Rows of one backward that fit beside the keys and values of ``clean_rows`` tokens; at least one."""
+    left = working - clean_rows * sizes.gradient_bytes(first_layer)
+    return max(1, left // sizes.gradient_row_bytes(length, first_layer))
+
+
 def cost_of(
     sizes: Sizes,
     lengths: Sequence[int],
@@ -117,9 +135,14 @@ def cost_of(
     interventions: Sequence[Intervention],
     scope: str,
     identity_every: int,
+    attribution: bool = False,
+    redistribution: bool = False,
 ) -> Cost:
     """Cost of auditing ``positions[i]`` tokens of a sequence of ``lengths[i]`` at ``layers``; ``worlds`` per
     token and layer.
+
+    ``attribution`` adds a clean pass, and per token one virtual token from the first layer up, forwards and backwards:
+    about three times its forward.
     """
     rows, flops = 0.0, 0.0
     for length, audited in zip(lengths, positions, strict=True):
@@ -131,7 +154,11 @@ def cost_of(
             # In sequence scope a world is the whole sequence again, whatever is read of it.
             carried = born if scope == "token" else _sequence_worlds(sizes, length, worlds, interventions) * length
             flops += carried * sum(per_token[layer:]) + born * 2.0 * sizes.hidden * sizes.vocabulary
-    return Cost(round(rows), flops, round(rows) * BYTES_PER_EFFECT)
+        if attribution and layers:
+            row = sum(per_token[min(layers) :]) + 2.0 * sizes.hidden * sizes.vocabulary
+            flops += length * sum(per_token) + 3.0 * audited * row
+    size = BYTES_PER_EFFECT + BYTES_PER_FLOAT * (attribution + 4 * redistribution)
+    return Cost(round(rows), flops, round(rows) * size)
 
 
 def _sequence_worlds(sizes: Sizes, length: int, worlds: float, interventions: Sequence[Intervention]) -> float:

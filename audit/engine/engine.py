@@ -5,7 +5,7 @@ budget.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import get_args
 
@@ -13,22 +13,25 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from audit.calibration import Calibration
 from audit.corpus import TokenSequence
 from audit.engine.allocator import keep_freed_memory
+from audit.engine.attribution import LossGradients, loss_gradients, own_loss_gradients
 from audit.engine.cost import (
     MOST_CLEAN_ROWS,
     SMALLEST_MICRO_BATCH,
     Cost,
     Sizes,
     cost_of,
+    gradient_rows_for,
     micro_batch_for,
     working_bytes,
 )
 from audit.engine.observe import observe
 from audit.engine.oracle import oracle
-from audit.engine.result import Request, Result
+from audit.engine.result import Request, Result, ranking_values
 from audit.engine.suffix import suffix
 from audit.engine.sweep import sweep, worlds_per_row
 from audit.engine.tables import effect_table, token_table
@@ -58,7 +61,8 @@ class Engine:
 
     ``memory`` (bytes) bounds weights, program and working memory together; ``micro_batch`` is derived from it
     unless given. ``method``: ``auto`` takes the sweep where the model allows it, ``oracle`` one whole forward per
-    effect. ``seed`` decides the draws of ``resample``. Raises ValueError where the budget is too small.
+    effect. ``seed`` decides the draws of ``resample`` and of ``random`` targets. Raises ValueError where the budget
+    is too small.
     """
 
     def __init__(
@@ -101,23 +105,34 @@ class Engine:
         scope: Scope = "token",
         all_positions: bool = False,
         calibration: Calibration | None = None,
+        rankings: Mapping[str, Mapping[int, NDArray[np.float64]]] | None = None,
+        attribution: bool = False,
+        redistribution: bool = False,
     ) -> Measurement:
         """Effects of every intervention at every layer on the given positions of each sequence.
 
+        ``attribution`` adds each expert's first-order estimate of its effect, ``redistribution`` what remains of the
+        layer's output under ``zero``; columns of these names are null otherwise.
+        ``rankings``, metric: layer: a value per expert [E], high meaning important, are what ``ranked`` targets order
+        by. A token with an active expert whose value is NaN is skipped by that target and counted.
         The tables' schemas are ``audit.effects.EFFECTS`` and ``TOKENS``. Raises ValueError for what cannot be measured.
         """
         self.require_possible(layers, interventions, scope, all_positions)
+        _check_additions(interventions, scope, attribution, redistribution)
         self._check_tokens(sequences, positions)
         _check_calibration(interventions, calibration)
+        ranked = ranking_values(self.model.sites, layers, interventions, rankings, self.model.device)
         longest = max(len(s.token_ids) for s in sequences)
-        self.require_room(longest, layers, interventions, scope)
+        self.require_room(longest, layers, interventions, scope, attribution)
         micro_batch, halvings, skipped = self.micro_batch(longest), 0, 0
         tokens: list[pa.Table] = []
         effects: list[pa.Table] = []
         changes: dict[int, tuple[int, int]] = {}
         placed = calibration.to(self.model.device) if calibration is not None else None
-        for batch, at in self._sweeps(sequences, positions, layers, interventions, micro_batch, scope):
-            request = self._request(batch, at, layers, interventions, scope, all_positions, placed)
+        for batch, at in self._sweeps(sequences, positions, layers, interventions, micro_batch, scope, attribution):
+            request = self._request(
+                batch, at, layers, interventions, scope, all_positions, placed, ranked, attribution, redistribution
+            )
             while True:
                 try:
                     result = self._run(request, micro_batch)
@@ -158,10 +173,23 @@ class Engine:
         layers: Sequence[int],
         interventions: Sequence[Intervention],
         scope: Scope = "token",
+        attribution: bool = False,
+        redistribution: bool = False,
     ) -> Cost:
         """What measuring ``positions[i]`` tokens of sequences of ``lengths[i]`` tokens will take, before it runs."""
         worlds = float(sum(worlds_per_row(i, self.sizes.top_k) for i in interventions))
-        return cost_of(self.sizes, lengths, positions, layers, worlds, interventions, scope, self.identity_every)
+        return cost_of(
+            self.sizes,
+            lengths,
+            positions,
+            layers,
+            worlds,
+            interventions,
+            scope,
+            self.identity_every,
+            attribution,
+            redistribution,
+        )
 
     def require_possible(
         self,
@@ -193,11 +221,16 @@ class Engine:
             raise ValueError(f"intervention.kind: reroute is refused for this model, {self.model.reroute_refused}")
 
     def require_room(
-        self, length: int, layers: Sequence[int], interventions: Sequence[Intervention], scope: Scope
+        self,
+        length: int,
+        layers: Sequence[int],
+        interventions: Sequence[Intervention],
+        scope: Scope,
+        attribution: bool = False,
     ) -> None:
         """Raise ValueError where the memory does not hold one audited token of a sequence of ``length``."""
         micro_batch = self.micro_batch(length)
-        left, clean, per_position = self._shares(length, layers, interventions, micro_batch, scope)
+        left, clean, per_position = self._shares(length, layers, interventions, micro_batch, scope, attribution)
         if left < length * clean + per_position:
             needed = self.memory - left + length * clean + per_position
             raise ValueError(
@@ -206,7 +239,13 @@ class Engine:
             )
 
     def _shares(
-        self, length: int, layers: Sequence[int], interventions: Sequence[Intervention], micro_batch: int, scope: Scope
+        self,
+        length: int,
+        layers: Sequence[int],
+        interventions: Sequence[Intervention],
+        micro_batch: int,
+        scope: Scope,
+        attribution: bool,
     ) -> tuple[float, float, float]:
         """Bytes left beside a micro-batch, bytes per clean token, bytes per audited position."""
         sizes = self.sizes
@@ -215,19 +254,33 @@ class Engine:
         held = len(layers) if scope == "token" else 4
         kept = 1 if scope == "token" else len(self.model.layers)
         left = self._working - micro_batch * sizes.row_bytes(length)
-        return left, sizes.clean_bytes() * kept, sizes.audited_bytes() + sizes.virtual_bytes() * worlds * held
+        clean = sizes.clean_bytes() * kept
+        audited = sizes.audited_bytes() + sizes.virtual_bytes() * worlds * held
+        if attribution:  # gradients come before the sweep and take its place; what stays of them is one row per layer
+            left -= sizes.gradient_row_bytes(length, min(layers))
+            clean += sizes.gradient_bytes(min(layers))
+            audited += len(layers) * sizes.hidden * sizes.element
+        return left, clean, audited
 
     # ---- one sweep --------------------------------------------------------------------------------------------------
 
     def _run(self, request: Request, micro_batch: int) -> Result:
+        gradients = self._gradients(request, micro_batch) if request.attribution else None
         with self.model.kernels():
             if self.method == "oracle":
-                return oracle(self.model, request)
+                return oracle(self.model, request, gradients)
             return (
-                sweep(self.model, request, micro_batch)
+                sweep(self.model, request, micro_batch, gradients)
                 if request.scope == "token"
                 else suffix(self.model, request, micro_batch)
             )
+
+    def _gradients(self, request: Request, micro_batch: int) -> LossGradients:
+        if self.method == "oracle":
+            return own_loss_gradients(self.model, request)
+        lengths = [len(ids) for ids in request.sequences]
+        rows = gradient_rows_for(self.sizes, self._working, sum(lengths), max(lengths), min(request.layers))
+        return loss_gradients(self.model, request, min(rows, micro_batch))
 
     def _request(
         self,
@@ -238,6 +291,9 @@ class Engine:
         scope: Scope,
         all_positions: bool,
         calibration: Calibration | None,
+        rankings: Mapping[str, Mapping[int, Tensor]],
+        attribution: bool,
+        redistribution: bool,
     ) -> Request:
         device = self.model.device
         lengths = [len(s.token_ids) for s in sequences]
@@ -258,6 +314,9 @@ class Engine:
             self.identity_every,
             calibration,
             self.seed,
+            rankings,
+            attribution,
+            redistribution,
         )
 
     def _sweeps(
@@ -268,6 +327,7 @@ class Engine:
         interventions: Sequence[Intervention],
         micro_batch: int,
         scope: Scope,
+        attribution: bool,
     ) -> Iterator[tuple[list[TokenSequence], list[NDArray[np.int64]]]]:
         """Several short sequences in one sweep, the positions of a long one in several, as the working
         memory allows.
@@ -277,7 +337,7 @@ class Engine:
         clean_rows = audited = 0
         for sequence, rows in zip(sequences, positions, strict=True):
             T = len(sequence.token_ids)
-            left, clean, per_position = self._shares(T, layers, interventions, micro_batch, scope)
+            left, clean, per_position = self._shares(T, layers, interventions, micro_batch, scope, attribution)
             most = int((left - T * clean) // per_position)
             for part in np.array_split(rows, -(-len(rows) // most)) if len(rows) else []:
                 fits = (clean_rows + T) * clean + (
@@ -319,6 +379,19 @@ def _check_calibration(interventions: Sequence[Intervention], calibration: Calib
             )
         if intervention.kind == "resample" and calibration is not None and calibration.stored is None:
             raise ValueError("intervention.kind: resample needs stored outputs; observe with stored_outputs=256")
+
+
+def _check_additions(
+    interventions: Sequence[Intervention], scope: Scope, attribution: bool, redistribution: bool
+) -> None:
+    if attribution and scope != "token":
+        raise ValueError(
+            f"attribution: true does not go with scope {scope}; it estimates what happens at one token, use scope token"
+        )
+    if attribution and not any(i.target.selection == "each" for i in interventions):
+        raise ValueError("attribution: true needs an intervention on single experts; add one with target each")
+    if redistribution and not any(i.kind == "zero" and i.target.selection != "shared" for i in interventions):
+        raise ValueError("redistribution: true needs zero on routed experts; add the intervention zero")
 
 
 def _count_changes(result: Result, changes: dict[int, tuple[int, int]]) -> None:

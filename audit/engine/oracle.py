@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from audit.engine.attribution import LossGradients, acts_on_one_expert
 from audit.engine.readout import next_tokens
-from audit.engine.result import Effects, Request, Result
+from audit.engine.result import Effects, Redistribution, Request, Result, redistributes
 from audit.engine.worlds import IDENTITY, Case, Routed, Worlds, identity_worlds, sequence_cases, worlds_of
 from audit.interventions import Intervention
 from audit.models.experts import ModuleExperts
@@ -25,17 +26,18 @@ from audit.models.seam import first_tensor, replaced, with_first
 from audit.outcomes import Baseline, Outcomes, outcomes_from_logits
 
 
-def oracle(model: MoEModel, request: Request) -> Result:
+def oracle(model: MoEModel, request: Request, gradients: LossGradients | None = None) -> Result:
     """All effects of a request, one forward per (sequence, layer, intervention, target) and, in token scope,
-    per token.
+    per token. With ``gradients`` also every expert's attribution.
     """
     with model.own_attention():
-        return _Oracle(model, request).run()
+        return _Oracle(model, request, gradients).run()
 
 
 class _Oracle:
-    def __init__(self, model: MoEModel, request: Request) -> None:
-        self.model, self.request = model, request
+    def __init__(self, model: MoEModel, request: Request, gradients: LossGradients | None) -> None:
+        self.model, self.request, self.gradients = model, request, gradients
+        self.shared_TD: dict[int, Tensor] = {}  # what each layer's shared experts add, where it is asked for
         self.starts = [0]
         for s in request.sequences:
             self.starts.append(self.starts[-1] + len(s))
@@ -74,6 +76,7 @@ class _Oracle:
         request = self.request
         rows_M = request.rows_M[:: request.identity_every] if identity else request.rows_M
         missing = request.missing(intervention, layer)
+        criteria = request.criteria(layer, request.token_T)
         cases: list[tuple[int, Case]] = []
         skipped = 0
         for number in range(len(request.sequences)):
@@ -91,6 +94,7 @@ class _Oracle:
                     routed.weights_TK,
                     request.all_positions,
                     missing,
+                    criteria,
                 )
                 cases.extend((number, case) for case in whole)
                 skipped += without
@@ -98,7 +102,7 @@ class _Oracle:
             worlds = (
                 identity_worlds(inside, routed.index_TK.shape[1], 1)
                 if identity
-                else worlds_of(intervention, inside, routed.index_TK, routed.weights_TK, missing)
+                else worlds_of(intervention, inside, routed.index_TK, routed.weights_TK, missing, criteria)
             )
             first = torch.zeros(1, dtype=torch.long, device=rows_M.device)
             cases.extend((number, Case(worlds[i : i + 1], first)) for i in range(len(worlds)))
@@ -122,7 +126,18 @@ class _Oracle:
             everywhere = measured.new_zeros(len(done))
             everywhere[acted_upon] = measured
             own.copy_(everywhere[case.read_N])
+        if redistributes(self.request, done):
+            effect.redistribution = self._redistribution(layer, effect.worlds, routed)
+        if self.gradients is not None and acts_on_one_expert(done):
+            effect.attribution_P = self.gradients.attribution(layer, effect.worlds, routed)
         return effect, outcomes_from_logits(logits_NV, baseline, torch.searchsorted(self.request.rows_M, row_N))
+
+    def _redistribution(self, layer: int, worlds: Worlds, routed: Routed) -> Redistribution:
+        row_N, members_NK = worlds.parent_P, worlds.members_PK
+        y_ND, removed_ND = routed.mixture_TD[row_N], routed.summed(row_N, members_NK)
+        removed_ND = torch.where(members_NK.all(1, keepdim=True), y_ND, removed_ND)
+        shared_TD = self.shared_TD.get(layer)
+        return Redistribution.of(removed_ND, y_ND - removed_ND, None if shared_TD is None else shared_TD[row_N])
 
     # ---- forwards ---------------------------------------------------------------------------------------------------
 
@@ -143,10 +158,20 @@ class _Oracle:
             parts.append((x, index, weights, outputs, mixture))
             return mixture
 
+        inside = site.shared is not None and any(child is site.shared for child in site.block.modules())
+        around: list[Tensor] = []
+        forwards: dict[nn.Module, Callable[..., Any]] = {site.experts: experts}
+        if self.request.redistribution and site.shared is not None:
+            module = site.block if inside else site.shared
+            forwards[module] = _noting(module, around)
         for number in range(len(self.request.sequences)):
-            self._forward(number, {site.experts: experts})
+            self._forward(number, forwards)
         joined = [torch.cat(column) for column in zip(*parts, strict=True)]
-        return Routed(joined[0], joined[1], joined[2], joined[3], joined[4])
+        routed = Routed(joined[0], joined[1], joined[2], joined[3], joined[4])
+        if around:
+            # Within the block what is shared may pass a gate of its own: it is what the block adds to the routed part.
+            self.shared_TD[layer] = torch.cat(around) - (routed.mixture_TD if inside else 0.0)
+        return routed
 
     def _changes(
         self, layer: int, worlds: Worlds, at_N: Tensor, start: int, routed: Routed, norms: list[Tensor]
@@ -272,6 +297,18 @@ class _Oracle:
             return output
 
         return {module: shared, site.block: comparing} if inside else {module: shared}
+
+
+def _noting(module: nn.Module, outputs: list[Tensor]) -> Callable[..., Any]:
+    own = module.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        output = own(*args, **kwargs)
+        rows = first_tensor(output)
+        outputs.append(rows.reshape(-1, rows.shape[-1]))
+        return output
+
+    return forward
 
 
 def _both(norms: list[Tensor], gap_N: Tensor, factor: float) -> None:

@@ -1,18 +1,22 @@
 """What is asked of an engine, and what it answers: one form for the sweep, the suffix engine and the oracle.
 
-Shapes: T clean rows of all sequences, M audited rows, P effects, K slots.
+Shapes: T clean rows of all sequences, M audited rows, P effects, K slots, D hidden.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 
+import numpy as np
+import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from audit.calibration import Calibration
-from audit.engine.worlds import Routed, Worlds
+from audit.engine.worlds import Criteria, Routed, Worlds
 from audit.interventions import NEEDS_CALIBRATION, Intervention, Scope
+from audit.models.discovery import Site
 from audit.outcomes import Baseline, Outcomes
 
 
@@ -30,6 +34,14 @@ class Request:
     identity_every: int
     calibration: Calibration | None
     seed: int
+    rankings: Mapping[str, Mapping[int, Tensor]]  # metric: layer: oriented values [E] for ranked targets
+    attribution: bool  # whether single experts get a first-order estimate
+    redistribution: bool  # whether zero is to say what remains beside what went
+
+    def criteria(self, layer: int, token_T: tuple[Tensor, Tensor]) -> Criteria:
+        """What sets of experts are chosen by at the layer, for the clean rows that ``token_T`` identifies."""
+        values = {metric: by_layer[layer] for metric, by_layer in self.rankings.items() if layer in by_layer}
+        return Criteria(layer, token_T, self.seed, values)
 
     def missing(self, intervention: Intervention, layer: int) -> list[int]:
         """Experts of the layer that ``intervention`` cannot act upon because no calibration token was
@@ -39,6 +51,70 @@ class Request:
             return []
         assert self.calibration is not None
         return self.calibration.missing(layer)
+
+
+def ranking_values(
+    sites: Mapping[int, Site],
+    layers: Sequence[int],
+    interventions: Sequence[Intervention],
+    rankings: Mapping[str, Mapping[int, NDArray[np.float64]]] | None,
+    device: torch.device,
+) -> dict[str, dict[int, Tensor]]:
+    """The values that ``ranked`` targets order by, metric: layer: [E]. Raises ValueError where some are missing."""
+    given, found = rankings or {}, dict[str, dict[int, Tensor]]()
+    for metric in (i.target.metric for i in interventions if i.target.metric is not None):
+        if metric not in given:
+            raise ValueError(
+                f"rankings: {metric!r} is missing, but an intervention ranks by it; give its values per layer"
+            )
+        for layer in layers:
+            shape = np.shape(given[metric][layer]) if layer in given[metric] else "no values"
+            experts = sites[layer].num_experts
+            if shape != (experts,):
+                raise ValueError(f"rankings.{metric}.{layer}: {shape}; one value per expert ({experts}) is needed")
+            values = torch.tensor(given[metric][layer], dtype=torch.float64)
+            found.setdefault(metric, {})[layer] = values.to(device)
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class Redistribution:
+    """What remains of a layer's output under ``zero`` beside what went: remainder y', gap y - y' (arXiv 2606.10703).
+
+    ``shared``: y with the shared experts' output. NaN: the cosine where either vector is zero, and the shared variants
+    where a layer has no shared experts. Each [P].
+    """
+
+    remainder_norm: Tensor
+    gap_cosine: Tensor
+    remainder_norm_shared: Tensor
+    gap_cosine_shared: Tensor
+
+    @staticmethod
+    def of(gap_PD: Tensor, remainder_PD: Tensor, shared_PD: Tensor | None) -> Redistribution:
+        """From y - y' and y', both of the routed experts alone, and what shared experts add to either."""
+        wide = torch.promote_types(gap_PD.dtype, torch.float32)
+        gap_PD, remainder_PD = gap_PD.to(wide), remainder_PD.to(wide)
+        routed = _norm_and_cosine(gap_PD, remainder_PD)
+        if shared_PD is None:
+            nothing = torch.full_like(routed[0], torch.nan)
+            return Redistribution(*routed, nothing, nothing)
+        return Redistribution(*routed, *_norm_and_cosine(gap_PD, remainder_PD + shared_PD.to(wide)))
+
+    @staticmethod
+    def joined(parts: Sequence[Redistribution]) -> Redistribution:
+        """Those of several groups of worlds, one after another."""
+        return Redistribution(*(torch.cat([getattr(p, f.name) for p in parts]) for f in fields(Redistribution)))
+
+    def __getitem__(self, part: Tensor) -> Redistribution:
+        return Redistribution(*(getattr(self, f.name)[part] for f in fields(self)))
+
+
+def _norm_and_cosine(gap_PD: Tensor, remainder_PD: Tensor) -> tuple[Tensor, Tensor]:
+    norm, gap_norm = (torch.linalg.vector_norm(v, dim=-1) for v in (remainder_PD, gap_PD))
+    # 0 / 0 is NaN as it should be. Divided one by one: the product of two small norms may vanish.
+    cosine = ((gap_PD / gap_norm[:, None]) * (remainder_PD / norm[:, None])).sum(-1)
+    return norm, cosine.clamp(-1.0, 1.0)
 
 
 @dataclass(slots=True)
@@ -51,6 +127,8 @@ class Effects:
     routing_weight_P: Tensor  # summed over the experts acted upon
     contribution_norm_P: Tensor
     gap_norm_P: Tensor
+    attribution_P: Tensor | None = None  # where it was asked for and one expert is acted upon
+    redistribution: Redistribution | None = None  # where it was asked for and routed experts are set to zero
 
     @staticmethod
     def of(layer: int, worlds: Worlds, routed: Routed) -> Effects:
@@ -60,6 +138,12 @@ class Effects:
         return Effects(
             layer, worlds, routed.index_TK[worlds.parent_P], (weights_PK * worlds.members_PK).sum(1), room[0], room[1]
         )
+
+
+def redistributes(request: Request, worlds: Worlds) -> bool:
+    """Whether a :class:`Redistribution` of these worlds is asked for."""
+    intervention = worlds.intervention
+    return request.redistribution and intervention.kind == "zero" and intervention.target.selection != "shared"
 
 
 @dataclass(slots=True)

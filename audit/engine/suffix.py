@@ -16,7 +16,7 @@ from torch import Tensor
 
 from audit.engine.birth import CleanLayer, bear, run_clean
 from audit.engine.readout import Readout, next_tokens
-from audit.engine.result import Effects, Request, Result
+from audit.engine.result import Effects, Request, Result, redistributes
 from audit.engine.sweep import differently_routed
 from audit.engine.worlds import IDENTITY, Case, joined, sequence_cases
 from audit.interventions import Intervention
@@ -108,6 +108,7 @@ class _OneSequence:
             routed.weights_TK,
             self.request.all_positions,
             self.request.missing(intervention, layer),
+            self.request.criteria(layer, self.token_T),
         )
 
     def _measure(self, layer: int, cases: list[Case], readout: Readout) -> list[tuple[Effects, Outcomes, Tensor]]:
@@ -118,12 +119,20 @@ class _OneSequence:
             batch = cases[a : a + self.side_by_side]
             worlds = joined([case.done for case in batch])
             begun = bear(
-                self.model, self.rows, clean, worlds, self.request.calibration, self.token_T, self.request.seed
+                self.model,
+                self.rows,
+                clean,
+                worlds,
+                self.request.calibration,
+                self.token_T,
+                self.request.seed,
+                redistributes(self.request, worlds),
             )
             hidden_PD, changed_P = self._carry(layer, begun.hidden_PD, len(batch))
             read_N = torch.cat([case.read_N + i * T for i, case in enumerate(batch)])
             effect = Effects.of(layer, worlds[read_N], clean.routed)
             effect.contribution_norm_P, effect.gap_norm_P = begun.contribution_norm_P[read_N], begun.gap_norm_P[read_N]
+            effect.redistribution = None if begun.redistribution is None else begun.redistribution[read_N]
             outcomes = readout.empty(len(read_N))
             place = torch.arange(len(read_N), device=read_N.device)
             readout.read(hidden_PD[read_N], torch.searchsorted(self.rows_M, worlds.parent_P[read_N]), outcomes, place)

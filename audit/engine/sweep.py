@@ -16,9 +16,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from audit.engine.attribution import LossGradients, acts_on_one_expert
 from audit.engine.birth import CleanLayer, bear, run_clean
 from audit.engine.readout import Readout, next_tokens
-from audit.engine.result import Effects, Request, Result
+from audit.engine.result import Effects, Redistribution, Request, Result, redistributes
 from audit.engine.worlds import Routed, Worlds, identity_worlds, worlds_of
 from audit.interventions import Intervention
 from audit.models.moe_model import MoEModel
@@ -51,9 +52,9 @@ class Virtual:
         return torch.argsort(self.parent_P[: self.alive], stable=True)
 
 
-def sweep(model: MoEModel, request: Request, micro_batch: int) -> Result:
+def sweep(model: MoEModel, request: Request, micro_batch: int, gradients: LossGradients | None = None) -> Result:
     """All effects of a token-scope request. ``micro_batch`` rows go through a layer at once; it decides low
-    bits only.
+    bits only. With ``gradients`` also every expert's attribution.
     """
     rows = Rows(model.module, model.layers, model.position_dims, request.sequences)
     hidden_TD = rows.embedded_TD
@@ -70,7 +71,7 @@ def sweep(model: MoEModel, request: Request, micro_batch: int) -> Result:
         for worlds in _worlds(request, layer, clean.routed):
             skipped += worlds.skipped
             if len(worlds):
-                effects.append(_births(model, rows, clean, worlds, virtual, request, micro_batch))
+                effects.append(_births(model, rows, clean, worlds, virtual, request, micro_batch, gradients))
     readout = Readout(model.head, hidden_TD, request.rows_M, next_tokens(request.sequences))
     outcomes = readout.empty(virtual.alive)
     order, row_P = virtual.by_position(), torch.searchsorted(request.rows_M, virtual.parent_P[: virtual.alive])
@@ -81,8 +82,9 @@ def sweep(model: MoEModel, request: Request, micro_batch: int) -> Result:
 
 def _worlds(request: Request, layer: int, routed: Routed) -> list[Worlds]:
     """The worlds of every intervention of the request at one layer, identity controls last."""
+    criteria = request.criteria(layer, request.token_T)
     asked = [
-        worlds_of(i, request.rows_M, routed.index_TK, routed.weights_TK, request.missing(i, layer))
+        worlds_of(i, request.rows_M, routed.index_TK, routed.weights_TK, request.missing(i, layer), criteria)
         for i in request.interventions
     ]
     return [*asked, identity_worlds(request.rows_M, routed.index_TK.shape[1], request.identity_every)]
@@ -136,14 +138,30 @@ def differently_routed(index_RK: Tensor, clean_RK: Tensor) -> Tensor:
 
 
 def _births(
-    model: MoEModel, rows: Rows, clean: CleanLayer, worlds: Worlds, virtual: Virtual, request: Request, micro_batch: int
+    model: MoEModel,
+    rows: Rows,
+    clean: CleanLayer,
+    worlds: Worlds,
+    virtual: Virtual,
+    request: Request,
+    micro_batch: int,
+    gradients: LossGradients | None,
 ) -> Effects:
     assert clean.routed is not None
     effects = Effects.of(clean.layer, worlds, clean.routed)
     born = virtual.add(worlds)
+    asked = redistributes(request, worlds)
+    remains: list[Redistribution] = []
+    attributions: list[Tensor] = []
     for a in range(0, len(worlds), micro_batch):
         part = slice(a, min(a + micro_batch, len(worlds)))
-        begun = bear(model, rows, clean, worlds[part], request.calibration, request.token_T, request.seed)
+        begun = bear(model, rows, clean, worlds[part], request.calibration, request.token_T, request.seed, asked)
         virtual.hidden_PD[born][part] = begun.hidden_PD
         effects.contribution_norm_P[part], effects.gap_norm_P[part] = begun.contribution_norm_P, begun.gap_norm_P
+        if begun.redistribution is not None:
+            remains.append(begun.redistribution)
+        if gradients is not None and acts_on_one_expert(worlds):
+            attributions.append(gradients.attribution(clean.layer, worlds[part], clean.routed))
+    effects.redistribution = Redistribution.joined(remains) if remains else None
+    effects.attribution_P = torch.cat(attributions) if attributions else None
     return effects

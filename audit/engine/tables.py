@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from audit.corpus import TokenSequence
-from audit.effects import EFFECTS, TOKENS
+from audit.effects import EFFECTS, REDISTRIBUTION, TOKENS
 from audit.engine.result import Effects, Request, Result
 
 
@@ -67,9 +67,9 @@ def token_table(result: Result, request: Request, sequences: Sequence[TokenSeque
 
 
 def _what_was_done(effect: Effects, scope: str) -> dict[str, pa.Array]:
-    worlds, intervention = effect.worlds, effect.worlds.intervention
+    worlds, intervention, remains = effect.worlds, effect.worlds.intervention, effect.redistribution
     size = len(worlds)
-    selection = intervention.target.selection
+    selection, target = intervention.target.selection, intervention.target.name
     unit = "identity" if worlds.identity else {"each": "expert", "shared": "shared"}.get(selection, "set")
     parameter = intervention.factor if intervention.kind == "scale" else intervention.target.count
     routed = unit in ("expert", "set")
@@ -81,18 +81,22 @@ def _what_was_done(effect: Effects, scope: str) -> dict[str, pa.Array]:
         "experts": _sets(effect) if unit == "set" else pa.nulls(size, EFFECTS.field("experts").type),
         "slot": _masked(_numpy(worlds.slot_P), pa.int8()),
         "intervention": _word(intervention.kind, size, "intervention"),
-        "target": pa.nulls(size, EFFECTS.field("target").type) if worlds.identity else _word(selection, size, "target"),
+        "target": pa.nulls(size, EFFECTS.field("target").type) if worlds.identity else _word(target, size, "target"),
         "parameter": pa.nulls(size, pa.float32())
         if parameter is None
         else pa.array(np.full(size, parameter, dtype=np.float32)),
-        "draw": pa.array(_numpy(worlds.draw_P).astype(np.int16))
-        if intervention.kind == "resample"
-        else pa.nulls(size, pa.int16()),
+        "draw": pa.array(_numpy(worlds.draw_P).astype(np.int16)) if intervention.drawn else pa.nulls(size, pa.int16()),
         "scope": _word(scope, size, "scope"),
         "routing_weight": pa.array(_numpy(effect.routing_weight_P).astype(np.float32), mask=no_weight),
         "contribution_norm": _column(_numpy(effect.contribution_norm_P), pa.float32()),
         "gap_norm": _column(_numpy(effect.gap_norm_P), pa.float32()),
+        "attribution": _asked(effect.attribution_P, size),
+        **{name: _asked(None if remains is None else getattr(remains, name), size) for name in REDISTRIBUTION},
     }
+
+
+def _asked(values_P: Tensor | None, size: int) -> pa.Array:
+    return pa.nulls(size, pa.float32()) if values_P is None else _column(_numpy(values_P), pa.float32())
 
 
 def _sets(effect: Effects) -> pa.Array:

@@ -1,11 +1,11 @@
 """Counterfactual worlds of one layer: which interventions apply to which token, and the MoE output each leads to.
 
-Shapes: T clean rows, K slots, D hidden, P worlds (one virtual token each).
+Shapes: T clean rows, M audited rows, K slots, R draws, E experts, D hidden, P worlds (one virtual token each).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from audit.calibration import Calibration
 from audit.interventions import Intervention
+from audit.observations.hashing import hash_words, token_key
 
 IDENTITY = Intervention("scale", factor=1.0)
+_RANDOM_TARGET = 1  # sets the hash apart from that of stored outputs: chosen experts say nothing about what is drawn
 
 
 @dataclass(slots=True)
@@ -27,7 +29,7 @@ class Worlds:
     members_PK: Tensor  # bool: the slots acted upon; none for identity and shared
     expert_P: Tensor  # the expert acted upon where it is one, else -1
     slot_P: Tensor  # its slot; -1 where it is not active (sequence scope), or not one expert
-    draw_P: Tensor  # 0 but for resample
+    draw_P: Tensor  # 0 but where chance decides
     skipped: int = 0  # targets with nothing to act upon, nothing left to carry the weight, or no calibration
 
     def __len__(self) -> int:
@@ -53,12 +55,45 @@ def identity_worlds(rows_M: Tensor, top_k: int, every: int) -> Worlds:
     return Worlds(IDENTITY, True, parent, none, nobody, nobody, torch.zeros_like(parent))
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Criteria:
+    """What ``random`` and ``ranked`` targets of one layer are chosen by, beside the routing."""
+
+    layer: int
+    token_T: tuple[Tensor, Tensor]  # sequence number and position of each clean row
+    seed: int
+    rankings: Mapping[str, Tensor]  # metric: oriented values [E], NaN where an expert has none
+
+    def random_order(self, rows_M: Tensor, index_MK: Tensor, draws: int) -> Tensor:
+        """A random order of each row's slots [M, R, K], one per draw; a set of any size is the beginning of it."""
+        token_M = token_key(self.token_T[0][rows_M], self.token_T[1][rows_M])
+        draw_R1 = torch.arange(draws, device=rows_M.device)[:, None]
+        # By expert, not by slot: which slot an expert stands in may hang on the last bit of its routing weight.
+        hash_MRK = hash_words(
+            _RANDOM_TARGET, self.seed, self.layer, token_M[:, None, None], draw_R1, index_MK[:, None].long()
+        )
+        return hash_MRK.argsort(dim=-1)
+
+    def ranked_order(self, metric: str, index_MK: Tensor) -> tuple[Tensor, Tensor]:
+        """Each row's slots [M, K] by descending value, equal values by expert id; which rows [M] lack no value."""
+        value_E = self.rankings[metric]
+        rank_E = value_E.argsort(descending=True, stable=True).argsort()
+        return rank_E[index_MK].argsort(dim=1), ~value_E[index_MK].isnan().any(1)
+
+
 def worlds_of(
-    intervention: Intervention, rows_M: Tensor, index_TK: Tensor, weights_TK: Tensor, missing: Sequence[int] = ()
+    intervention: Intervention,
+    rows_M: Tensor,
+    index_TK: Tensor,
+    weights_TK: Tensor,
+    missing: Sequence[int] = (),
+    criteria: Criteria | None = None,
 ) -> Worlds:
     """The worlds of ``intervention`` at the audited rows, given each row's routing.
 
-    ``missing`` are experts without calibration, which ``mean`` and ``resample`` cannot act upon.
+    ``missing`` are experts without calibration, which ``mean`` and ``resample`` cannot act upon. ``criteria`` are
+    needed for ``random`` and ``ranked`` targets; a row that has an active expert without a value is not ranked but
+    skipped, whatever the count.
     """
     target = intervention.target
     index_MK, weights_MK = index_TK[rows_M], weights_TK[rows_M]
@@ -78,35 +113,57 @@ def worlds_of(
         slot = torch.arange(K, device=device).expand(M, K)[keep]
         expert = index_MK[keep]
         members_PK = members[keep]
+        draw = torch.zeros_like(parent)
     else:
-        if target.selection == "all":
-            chosen = torch.ones(M, K, dtype=torch.bool, device=device)
-        elif target.selection == "listed":
-            chosen = torch.isin(index_MK, torch.tensor(target.experts, device=device))
-        elif target.selection == "shared":
-            chosen = torch.zeros(M, K, dtype=torch.bool, device=device)
-        else:
-            order = weights_MK.argsort(dim=1, descending=target.selection == "highest", stable=True)
-            chosen = torch.zeros(M, K, dtype=torch.bool, device=device).scatter_(1, order[:, : target.count], True)
-        keep = ~(chosen & ~usable_MK).any(1)
+        chosen_MRK, ranked_M = _sets(intervention, rows_M, index_MK, weights_MK, criteria)
+        keep = ranked_M[:, None] & ~(chosen_MRK & ~usable_MK[:, None]).any(2)
         if target.selection == "listed":
-            keep &= chosen.any(1)
+            keep &= chosen_MRK.any(2)
             if intervention.kind == "renormalize":
-                keep &= ~chosen.all(1)
-        parent, members_PK, skipped = rows_M[keep], chosen[keep], int((~keep).sum())
+                keep &= ~chosen_MRK.all(2)
+        parent = rows_M[:, None].expand(keep.shape)[keep]
+        draw = torch.arange(keep.shape[1], device=device).expand(keep.shape)[keep]
+        members_PK, skipped = chosen_MRK[keep], int((~keep).sum())
         slot = expert = torch.full_like(parent, -1)
-    draws = torch.arange(intervention.draws, device=device)
-    P = len(parent)
+    # Where chance decides what is put in an expert's place and not which expert it is, every draw has the same sets.
+    again = 1 if target.selection == "random" else intervention.draws
     return Worlds(
         intervention,
         False,
-        parent.repeat_interleave(intervention.draws),
-        members_PK.repeat_interleave(intervention.draws, 0),
-        expert.repeat_interleave(intervention.draws),
-        slot.repeat_interleave(intervention.draws),
-        draws.repeat(P),
+        parent.repeat_interleave(again),
+        members_PK.repeat_interleave(again, 0),
+        expert.repeat_interleave(again),
+        slot.repeat_interleave(again),
+        draw.repeat_interleave(again) + torch.arange(again, device=device).repeat(len(parent)),
         skipped,
     )
+
+
+def _sets(
+    intervention: Intervention, rows_M: Tensor, index_MK: Tensor, weights_MK: Tensor, criteria: Criteria | None
+) -> tuple[Tensor, Tensor]:
+    """The slots acted upon [M, R, K], R being 1 but for ``random``; which rows [M] have what they are chosen by."""
+    target = intervention.target
+    known_M = torch.ones_like(rows_M, dtype=torch.bool)
+    none_MK = torch.zeros_like(index_MK, dtype=torch.bool)
+    if target.selection == "all":
+        return ~none_MK[:, None], known_M
+    if target.selection == "shared":
+        return none_MK[:, None], known_M
+    if target.selection == "listed":
+        return torch.isin(index_MK, torch.tensor(target.experts, device=index_MK.device))[:, None], known_M
+    if target.selection == "random":
+        assert criteria is not None
+        order_MRK = criteria.random_order(rows_M, index_MK, intervention.draws)
+    elif target.selection == "ranked":
+        assert criteria is not None
+        assert target.metric is not None
+        order_MK, known_M = criteria.ranked_order(target.metric, index_MK)
+        order_MRK = order_MK[:, None]
+    else:
+        order_MRK = weights_MK.argsort(dim=1, descending=target.selection == "highest", stable=True)[:, None]
+    chosen_MRK = torch.zeros_like(order_MRK, dtype=torch.bool)
+    return chosen_MRK.scatter_(2, order_MRK[..., : target.count], True), known_M
 
 
 @dataclass(slots=True)
@@ -126,6 +183,7 @@ def sequence_cases(
     weights_TK: Tensor,
     all_positions: bool,
     missing: Sequence[int] = (),
+    criteria: Criteria | None = None,
 ) -> tuple[list[Case], int]:
     """The worlds of ``intervention`` on the sequence of clean rows ``rows`` (first, end), read at its audited
     rows ``rows_M``.
@@ -139,38 +197,32 @@ def sequence_cases(
     audited_T = torch.isin(parent_T, rows_M)
     skipped = 0
     everywhere = identity or all_positions or intervention.target.selection == "shared"
-    experts = [-1]
+    draws = range(intervention.draws)
+    nobody = torch.zeros(T, K, dtype=torch.bool, device=parent_T.device)
+    acted: list[tuple[int, int, Tensor]]  # expert where it is one, draw, members [T, K]
     if identity:
-        acted = [torch.zeros(T, K, dtype=torch.bool, device=parent_T.device)]
+        acted = [(-1, 0, nobody)]
     elif intervention.target.selection == "each":
         active = torch.unique(index if all_positions else index[audited_T])
         wanted = [e for e in active.tolist() if intervention.target.experts is None or e in intervention.target.experts]
         experts = [e for e in wanted if e not in missing]
         skipped = len(wanted) - len(experts)
-        acted = [index == e for e in experts]
+        acted = [(e, draw, index == e) for e in experts for draw in draws]
     else:
-        whole = worlds_of(intervention, parent_T, index_TK, weights_TK, missing)
+        whole = worlds_of(intervention, parent_T, index_TK, weights_TK, missing, criteria)
         skipped = whole.skipped
-        members = torch.zeros(T, K, dtype=torch.bool, device=parent_T.device)
-        first_draw = whole.draw_P == 0
-        members[whole.parent_P[first_draw] - rows[0]] = whole.members_PK[first_draw]
-        acted = [members]
+        acted = []
+        for draw in draws:
+            members, drawn = nobody.clone(), whole.draw_P == draw
+            members[whole.parent_P[drawn] - rows[0]] = whole.members_PK[drawn]
+            acted.append((-1, draw, members))
     cases: list[Case] = []
-    for expert, members in zip(experts, acted, strict=True):
+    for expert, draw, members in acted:
         read = torch.nonzero(audited_T & (members.any(1) | everywhere)).flatten()
         slot = torch.where(members.any(1) & (expert >= 0), members.int().argmax(1), -1)
-        for draw in range(intervention.draws):
-            done = Worlds(
-                intervention,
-                identity,
-                parent_T,
-                members,
-                torch.full_like(parent_T, expert),
-                slot,
-                torch.full_like(parent_T, draw),
-            )
-            if len(read):
-                cases.append(Case(done, read))
+        whom, which = torch.full_like(parent_T, expert), torch.full_like(parent_T, draw)
+        if len(read):
+            cases.append(Case(Worlds(intervention, identity, parent_T, members, whom, slot, which), read))
     return cases, skipped
 
 

@@ -8,7 +8,7 @@ run as one batch of whole sequences.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,8 @@ from audit.interventions import Intervention
 from audit.models import MoEModel
 
 Key = tuple[Any, ...]
-KEY = ["sequence", "position", "layer", "unit", "expert", "experts", "intervention", "parameter", "draw"]
+KEY = ["sequence", "position", "layer", "unit", "expert", "experts", "intervention", "target", "parameter", "draw"]
+Rankings = Mapping[str, Mapping[int, Sequence[float]]]  # metric: layer: a value per expert
 
 
 # ---- what the routers would choose without some of their experts ----
@@ -169,6 +170,36 @@ def mean_outputs(model: MoEModel, sequences: Sequence[TokenSequence], layer: int
     return {e: torch.stack(rows).mean(0) for e, rows in found.items()}
 
 
+# ---- which experts a set holds ----
+
+
+def splitmix64(x: int) -> int:
+    """Steele, Lea and Flood 2014, in unbounded integers."""
+    x = (x + 0x9E3779B97F4A7C15) % 2**64
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB % 2**64
+    return x ^ (x >> 31)
+
+
+def random_order(experts: Sequence[int], seed: int, layer: int, sequence: int, position: int, draw: int) -> list[int]:
+    """A token's active experts in the order in which a random target takes them."""
+
+    def priority(expert: int) -> int:
+        state = 0
+        for word in (1, seed, layer, sequence * 2**32 + position, draw, expert):
+            state = splitmix64(state ^ word)
+        return state - 2**64 if state >= 2**63 else state  # hashes are compared as signed integers
+
+    return sorted(experts, key=priority)
+
+
+def ranked_order(experts: Sequence[int], values: Sequence[float]) -> list[int]:
+    """A token's active experts by descending value, of equal ones the lower id first; none where a value is missing."""
+    if any(np.isnan(values[e]) for e in experts):
+        return []
+    return sorted(experts, key=lambda e: (-values[e], e))
+
+
 # ---- counterfactual worlds ----
 
 
@@ -194,25 +225,36 @@ def worlds(
     scope: str,
     all_positions: bool = False,
     calibrated: set[int] | None = None,
+    seed: int = 0,
+    rankings: Rankings | None = None,
 ) -> Iterator[World]:
     """Every world that the methods name for one intervention on one sequence, by plain loops."""
     target, T = intervention.target, len(clean.ids)
     index, weights = clean.index_TK[layer].tolist(), clean.weights_TK[layer].double()
     parameter = intervention.factor if intervention.kind == "scale" else target.count
-    has_draws = intervention.kind == "resample"
+    has_draws = intervention.kind == "resample" or target.selection == "random"
+    name = f"ranked:{target.metric}" if target.selection == "ranked" else target.selection
 
     def row(t: int, unit: str, expert: int, experts: list[int], draw: int) -> Key:
         listed = tuple(experts) if unit == "set" else ()
         shown = -1.0 if parameter is None else round(float(parameter), 6)
-        return (sequence, t, layer, unit, expert, listed, intervention.kind, shown, draw if has_draws else -1)
+        return (sequence, t, layer, unit, expert, listed, intervention.kind, name, shown, draw if has_draws else -1)
 
-    def the_set(t: int) -> list[int]:
+    def the_set(t: int, draw: int) -> list[int]:
         every = range(len(index[t]))  # in the router's own order, which also decides between equal weights
+        order: list[int] = []  # of experts
+        if target.selection == "random":
+            order = random_order(index[t], seed, layer, sequence, t, draw)
+        elif target.selection == "ranked":
+            assert rankings is not None
+            order = ranked_order(index[t], rankings[str(target.metric)][layer])
         slots = {
             "all": every,
             "lowest": sorted(every, key=lambda k: float(weights[t, k]))[: target.count],
             "highest": sorted(every, key=lambda k: -float(weights[t, k]))[: target.count],
             "listed": [k for k in every if index[t][k] in (target.experts or ())],
+            "random": [index[t].index(e) for e in order[: target.count]],
+            "ranked": [index[t].index(e) for e in order[: target.count]],
         }[target.selection]
         chosen = [index[t][k] for k in sorted(slots)]
         if calibrated is not None and not set(chosen) <= calibrated:
@@ -248,12 +290,12 @@ def worlds(
                     yield World(layer, intervention, acted, read, draw, sequence)
         elif scope == "token":
             for t in positions:
-                chosen = the_set(t)
+                chosen = the_set(t, draw)
                 if chosen:
                     key = row(t, "set", -1, chosen, draw)
                     yield World(layer, intervention, {t: chosen}, {t: key}, draw, sequence)
         else:
-            acted = {t: the_set(t) for t in range(T) if the_set(t)}
+            acted = {t: the_set(t, draw) for t in range(T) if the_set(t, draw)}
             read = {t: row(t, "set", -1, acted.get(t, []), draw) for t in positions if t in acted or all_positions}
             if read:
                 yield World(layer, intervention, acted, read, draw, sequence)
@@ -357,10 +399,13 @@ def effects(
     all_positions: bool = False,
     means: dict[int, dict[int, Tensor]] | None = None,
     drawn: Callable[[int, int, int, int, int], Tensor] | None = None,
+    seed: int = 0,
+    rankings: Rankings | None = None,
 ) -> pd.DataFrame:
     """The effect table as the methods define it, one whole forward per world, indexed by :data:`KEY`.
 
-    ``means[layer][expert]`` and ``drawn(sequence, layer, expert, position, draw)`` give what mean and resample insert.
+    ``means[layer][expert]`` and ``drawn(sequence, layer, expert, position, draw)`` give what mean and resample insert;
+    random targets go by the engine's ``seed``, ranked ones by ``rankings``.
     """
 
     def stored(world: World, expert: int, position: int) -> Tensor:
@@ -380,9 +425,8 @@ def effects(
             for intervention in interventions:
                 needs = intervention.kind in ("mean", "resample")
                 calibrated = set((means or {})[layer]) if needs else None
-                batch += worlds(
-                    model, clean, sequence.index, layer, intervention, list(at), scope, all_positions, calibrated
-                )
+                options = (scope, all_positions, calibrated, seed, rankings)
+                batch += worlds(model, clean, sequence.index, layer, intervention, list(at), *options)
             logits, moved = edited_forwards(model, clean, batch, stored)
             gap = torch.linalg.vector_norm((moved - moved[0]).double(), dim=-1)
             for b, world in enumerate(batch):
@@ -411,7 +455,7 @@ def keyed(table: Any) -> pd.DataFrame:
     """An engine's effect table in the form of :func:`effects`, without its identity controls."""
     frame = table.to_pandas()
     frame = frame[frame["unit"] != "identity"].copy()
-    for name in ("unit", "intervention"):
+    for name in ("unit", "intervention", "target"):
         frame[name] = frame[name].astype(str)
     frame["expert"] = frame["expert"].fillna(-1).astype(int)
     frame["experts"] = [() if e is None else tuple(int(i) for i in e) for e in frame["experts"]]
