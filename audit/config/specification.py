@@ -8,24 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, PrivateAttr, Strict, ValidationError, model_validator
+from pydantic import ByteSize, Field, PrivateAttr, ValidationError, model_validator
 
 from audit.config.files import assign, read_yaml
 from audit.config.mistakes import mistake, shown
+from audit.config.section import Many, Section
+from audit.config.studies import StudiesConfig
 from audit.interventions import KINDS, NEEDS_CALIBRATION, Intervention, Kind, Scope, Target
 
-T = TypeVar("T")
-Many = Annotated[tuple[T, ...], Strict(False)]  # YAML has lists, a frozen specification tuples; the items stay strict
-
 _DEFAULT_LISTS: dict[str, list[Any]] = {"interventions": [{}], "corpus.sources": [{"kind": "demo"}]}
-
-
-class Section(BaseModel):
-    """A part of the specification: immutable, no unknown keys, no conversion of types ('3' is not 3)."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class ModelConfig(Section):
@@ -175,16 +168,19 @@ class InterventionConfig(Section):
 
     kind: Kind = Field(default="zero", description=f"{', '.join(KINDS[:-1])} or {KINDS[-1]}")
     factor: float | None = Field(default=None, description="a number, with scale only")
-    draws: int = Field(default=1, description="a whole number of at least 1, with resample only")
+    draws: int = Field(default=1, description="a whole number of at least 1, with resample or a random target only")
     target: (
         Literal["each", "all", "shared"]
-        | Annotated[dict[Literal["highest", "lowest"], int], Field(min_length=1, max_length=1)]
+        | Annotated[dict[Literal["highest", "lowest", "random"], int], Field(min_length=1, max_length=1)]
+        | Annotated[dict[Literal["ranked", "metric"], int | str], Field(min_length=2, max_length=2)]
         | Annotated[
             dict[Literal["listed", "each"], Annotated[Many[int], Field(min_length=1)]],
             Field(min_length=1, max_length=1),
         ]
     ) = Field(
-        default="each", description="each, all, shared, {highest: n}, {lowest: n}, {listed: [ids]} or {each: [ids]}"
+        default="each",
+        description="each, all, shared, {highest: n}, {lowest: n}, {random: n}, {ranked: n, metric: name}, "
+        "{listed: [ids]} or {each: [ids]}",
     )
 
     @model_validator(mode="after")
@@ -202,8 +198,25 @@ class InterventionConfig(Section):
     def _target(self) -> Target:
         if isinstance(self.target, str):
             return Target(self.target)
-        ((selection, value),) = self.target.items()
+        given: dict[Any, Any] = dict(self.target)
+        if "ranked" in given:
+            return self._ranked(given["ranked"], given["metric"])
+        ((selection, value),) = given.items()
         return Target(selection, count=value) if isinstance(value, int) else Target(selection, experts=value)
+
+    @staticmethod
+    def _ranked(count: int | str, metric: int | str) -> Target:
+        if not isinstance(count, int) or not isinstance(metric, str):
+            raise ValueError(
+                f"target: ranked {count!r} with metric {metric!r} cannot be used; ranked takes a whole number, metric "
+                "a name"
+            )
+        from audit.observations.registry import find_metric  # noqa: PLC0415  torch, which specifications else do without
+
+        try:
+            return Target("ranked", count=count, metric=find_metric(metric).name)
+        except ValueError as error:
+            raise ValueError(f"target.{str(error).removeprefix('target.')}") from error
 
 
 class EngineConfig(Section):
@@ -254,6 +267,8 @@ class AuditConfig(Section):
     interventions: Many[InterventionConfig] = Field(
         default=(InterventionConfig(),), min_length=1, description="a list of interventions, such as [{kind: zero}]"
     )
+    attribution: bool = Field(default=False, description="true or false")
+    studies: StudiesConfig = StudiesConfig()
     engine: EngineConfig = EngineConfig()
     cluster: ClusterConfig = ClusterConfig()
 
@@ -298,6 +313,8 @@ class AuditConfig(Section):
     def _fits(self) -> Self:
         if self.layers != "all" and len(set(self.layers)) < len(self.layers):
             raise ValueError(f"layers: {shown(list(self.layers))} names a layer twice; name each once")
+        if self.attribution and self.scope == "sequence":
+            raise ValueError("attribution: True has no meaning for scope sequence; it estimates effects at one token")
         if self.all_positions and self.scope == "token":
             raise ValueError("all_positions: True has no meaning for scope token; use it with scope: sequence")
         for index, entry in enumerate(self.interventions):
@@ -307,6 +324,13 @@ class AuditConfig(Section):
             if self.calibration.empty and entry.kind in NEEDS_CALIBRATION:
                 raise ValueError(
                     f"calibration.share: 0 leaves no documents, but {entry.kind!r} needs some; use 0.2, say"
+                )
+        selections = [entry.build().target.selection for entry in self.interventions]
+        for study in ("importance", "redistribution"):
+            if getattr(self.studies, study) and "each" not in selections:
+                raise ValueError(
+                    f"studies.{study}: it compares the experts of a token one by one, but no intervention has the "
+                    "target each; add {kind: zero} to interventions"
                 )
         if self.calibration.empty and self.calibration.metrics_from == "calibration":
             raise ValueError(

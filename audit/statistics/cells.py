@@ -15,9 +15,10 @@ from audit.statistics.cell import CELL, COUNTS, INTERVALS, KEY, Pairs, Settings,
 from audit.statistics.effect_size import detectable_d, exact_interval, needed_n
 from audit.statistics.verdict import Bounds, Evidence, Rule, practically_null, verdict
 
-__all__ = ["CELL", "COLUMNS", "FAMILY", "KEY", "Pairs", "Settings", "cell_row", "cell_table"]
+__all__ = ["CELL", "COLUMNS", "CONTROLS", "FAMILY", "KEY", "Pairs", "Settings", "cell_row", "cell_table"]
 
 FAMILY = ("model", "outcome", "intervention", "scope", "label")
+CONTROLS = ("control", "identity")  # labels of cells that test the audit, not a metric
 CORRECTED = ("p_t", "p_t_cluster", "p_wilcoxon", "p_permutation")
 
 _CORRECTIONS: Mapping[str, Callable[[NDArray[np.float64]], NDArray[np.float64]]] = {
@@ -74,7 +75,7 @@ def cell_table(rows: Iterable[Mapping[str, Any]], settings: Settings) -> pd.Data
             p = np.where(tested, frame[test].iloc[family].to_numpy(dtype=np.float64), math.nan)
             for correction, correct in _CORRECTIONS.items():
                 frame.loc[family, f"{test}_{correction}"] = correct(p)
-    confirmatory = frame["outcome"].isin(settings.confirmatory) & (frame["label"] != "control")
+    confirmatory = frame["outcome"].isin(settings.confirmatory) & ~frame["label"].isin(CONTROLS)
     frame.loc[confirmatory, "p_holm_confirmatory"] = multiple.holm(frame.loc[confirmatory, "p_t"].to_numpy(np.float64))
     judged = [_judged(row, settings) for row in frame.to_dict("records")]
     columns = pd.DataFrame(judged, index=frame.index, columns=list(_JUDGED), dtype=object)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from audit.observations import Observations, metrics
 
@@ -17,3 +19,16 @@ def metric_table(observations: Observations, weights: pd.DataFrame | None) -> pd
     frames += [metrics(observations, None, domain).assign(domain=domain) for domain in observations.domains]
     table = pd.concat(frames, ignore_index=True)
     return table[["domain", *pooled.columns]]
+
+
+def oriented(table: pd.DataFrame) -> dict[str, dict[int, NDArray[np.float64]]]:
+    """Metric: layer: a value per expert [E], high meaning important, of a table of metrics over all domains.
+
+    A metric that claims neither orientation keeps its values.
+    """
+    found: dict[str, dict[int, NDArray[np.float64]]] = {}
+    for (metric, layer), rows in table[table["domain"].isna()].groupby(["metric", "layer"], sort=True):
+        ordered = rows.sort_values("expert")
+        sign = np.where(ordered["orientation"].to_numpy() < 0, -1.0, 1.0)
+        found.setdefault(str(metric), {})[int(layer)] = sign * ordered["value"].to_numpy(np.float64)
+    return found

@@ -1,0 +1,298 @@
+"""The importance audit: does a metric know which of a token's active experts matters more (arXiv 2606.10703)?
+
+For every audited token the active experts are ranked by the metric; the effect of the lowest is subtracted from that of
+the highest. One shared sample of tokens serves every metric, every token-level predictor and both negative controls, so
+that all of them stand in one table. ``study_layer`` is all that needs the effects; ``audit.studies.importance_tables``
+puts layers together.
+
+Shapes: N tokens, K active experts, O outcomes, R rankings, E experts of the layer.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from audit.statistics.bootstrap import mean_interval
+from audit.statistics.cells import Pairs, Settings, cell_row
+from audit.statistics.pooled import LayerPairs
+from audit.statistics.ranks import kendall_rows, spearman_rows, top1_hits
+from audit.studies.active_experts import OUTCOMES, PREDICTORS, ActiveExperts
+from audit.studies.ends import Floats, ends, standardized
+from audit.studies.null import Null, NullRankings
+from audit.studies.summary import NOISE_QUANTILE
+
+RANDOM_TOKEN, RANDOM_RANKING, IDENTITY = "random_token", "random_ranking", "identity"
+
+# What a first-order estimate of the loss can speak about, and for contribution_norm all but what it is itself:
+# under zero the stream moves by exactly the contribution.
+PREDICTED: Mapping[str, tuple[str, ...]] = {
+    "routing_weight": OUTCOMES,
+    "contribution_norm": tuple(name for name in OUTCOMES if name != "gap_norm"),
+    "attribution": ("delta_loss",),
+    "abs_attribution": ("abs_delta_loss", "kl", "js", "tv"),
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What is asked of the effects. ``metrics``: names, or None for all observed ones."""
+
+    metrics: tuple[str, ...] | None = None
+    outcomes: tuple[str, ...] = OUTCOMES
+    random_rankings: int = 999
+    contrasts: bool = False
+    settings: Settings = field(default_factory=Settings)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """The part of a cell's name that all cells of one layer's effects share."""
+
+    model: str
+    layer: int
+    intervention: str
+    scope: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class LayerStudy:
+    """What one layer gives: rows of the cell, correlation and control tables, and the pairs behind pooled lines."""
+
+    cell: Cell
+    cells: list[dict[str, Any]]
+    correlations: list[dict[str, Any]]
+    controls: list[dict[str, Any]]
+    lines: list[tuple[dict[str, Any], LayerPairs]]
+    contrasts: pd.DataFrame | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class _Candidate:
+    """Something that ranks a token's experts."""
+
+    name: str
+    label: str
+    orientation: int
+    score_NK: Floats  # oriented: high claims important
+    outcomes: Sequence[str]
+    value_E: Floats | None = None  # of a metric: one value per expert of the layer
+
+
+def study_layer(
+    active: ActiveExperts, metrics: pd.DataFrame, noise: pd.DataFrame, cell: Cell, question: Question
+) -> LayerStudy:
+    """Every cell of one layer, intervention and scope.
+
+    ``metrics``: the rows of ``results/metrics.parquet`` over all domains; ``noise``: |outcome| and ``delta_loss`` of
+    the layer's identity rows, with their document.
+    """
+    effect_NKO = np.stack([active.outcomes[name] for name in question.outcomes], axis=-1)
+    null = NullRankings(active, effect_NKO, question.random_rankings, partial(_generator, question, cell))
+    floors = noise_quantiles(noise, question.outcomes)
+    cells: list[dict[str, Any]] = []
+    correlations: list[dict[str, Any]] = []
+    controls: list[dict[str, Any]] = []
+    lines: list[tuple[dict[str, Any], LayerPairs]] = []
+    contrasts: list[pd.DataFrame] = []
+    token_N = (active.sequence_N << 32) + active.position_N
+    for candidate in _candidates(active, metrics, cell, question):
+        found = ends(candidate.score_NK)
+        high_NO, low_NO = found.effects(effect_NKO)
+        high_expert_N, low_expert_N = found.experts(active.expert_NK)
+        d_O, _ = standardized(high_NO - low_NO, found.paired_N)
+        value_E = candidate.value_E
+        unknowing = null.within_tokens(candidate.score_NK) if value_E is None else null.over_experts(value_E)
+        for o, outcome in enumerate(question.outcomes):
+            if outcome not in candidate.outcomes:
+                continue
+            defined_N = active.defined_N(outcome)
+            used = np.flatnonzero(found.paired_N & defined_N)
+            key = {
+                "model": cell.model, "layer": cell.layer, "metric": candidate.name, "outcome": outcome,
+                "intervention": cell.intervention, "scope": cell.scope, "label": candidate.label,
+                "orientation": candidate.orientation,
+            }  # fmt: skip
+            pairs = Pairs(
+                high_N=high_NO[used, o],
+                low_N=low_NO[used, o],
+                document_N=active.document_N[used],
+                expert_high_N=high_expert_N[used],
+                expert_low_N=low_expert_N[used],
+            )
+            row = cell_row(
+                pairs,
+                key,
+                question.settings,
+                ties=int((defined_N & ~found.paired_N & found.high_NK.any(1)).sum()),
+                p_permutation=unknowing.p(d_O[o], o),
+                noise_floor=floors[outcome],
+            )
+            cells.append(row)
+            correlations.append(key | _correlation(active, candidate.score_NK, outcome, question.settings))
+            lines.append((key, LayerPairs(token_N=token_N[used], pairs=pairs)))
+            if candidate.name in (RANDOM_TOKEN, RANDOM_RANKING):
+                controls.append(key | _rejection(unknowing, o))
+            if question.contrasts:
+                contrasts.append(_contrasts(active, key, used, pairs))
+    cells += _identity_cells(noise, floors, cell, question)
+    return LayerStudy(
+        cell=cell,
+        cells=cells,
+        correlations=correlations,
+        controls=controls,
+        lines=lines,
+        contrasts=pd.concat(contrasts, ignore_index=True) if contrasts else None,
+    )
+
+
+def noise_quantiles(noise: pd.DataFrame, outcomes: Sequence[str]) -> dict[str, float | None]:
+    """The 99.9 % quantile of |outcome| over identity rows; None for an outcome that has none, such as gap_norm."""
+    found: dict[str, float | None] = {}
+    for name in outcomes:
+        values = _identity_values(noise, name)
+        values = values[np.isfinite(values)]
+        found[name] = float(np.quantile(values, NOISE_QUANTILE)) if len(values) else None
+    return found
+
+
+# ---- what ranks experts ----------------------------------------------------------------------------------------------
+
+
+def _candidates(active: ActiveExperts, metrics: pd.DataFrame, cell: Cell, question: Question) -> Iterator[_Candidate]:
+    experts = max(int(metrics["expert"].max()), int(active.expert_NK.max(initial=0))) + 1
+    here = metrics[metrics["layer"] == cell.layer]
+    names = list(dict.fromkeys(here["metric"])) if question.metrics is None else question.metrics
+    for name in names:
+        rows = here[here["metric"] == name]
+        value_E = np.full(experts, np.nan)
+        value_E[rows["expert"].to_numpy(np.int64)] = rows["value"].to_numpy(np.float64)
+        orientation = int(rows["orientation"].iloc[0])
+        oriented_E = value_E * (orientation or 1)
+        yield _Candidate(
+            name=name, label=str(rows["label"].iloc[0]), orientation=orientation,
+            score_NK=active.scores(oriented_E), outcomes=question.outcomes, value_E=oriented_E,
+        )  # fmt: skip
+    for name in PREDICTORS:
+        score_NK = active.predictors[name]
+        if np.isnan(score_NK).all():
+            continue  # attribution that was not asked for
+        yield _Candidate(
+            name=name, label="control", orientation=1, score_NK=score_NK, outcomes=PREDICTED[name],
+        )  # fmt: skip
+    rng = _generator(question, cell, "draw")
+    blank_NK = np.where(active.expert_NK >= 0, 0.0, np.nan)
+    random_NK = blank_NK + rng.random(blank_NK.shape)
+    yield _Candidate(
+        name=RANDOM_TOKEN, label="control", orientation=1, score_NK=random_NK, outcomes=question.outcomes,
+    )  # fmt: skip
+    ranking_E = rng.permutation(experts).astype(np.float64)
+    yield _Candidate(
+        name=RANDOM_RANKING, label="control", orientation=1, score_NK=active.scores(ranking_E),
+        outcomes=question.outcomes, value_E=ranking_E,
+    )  # fmt: skip
+
+
+# ---- what a cell is made of ------------------------------------------------------------------------------------------
+
+
+def _identity_values(noise: pd.DataFrame, outcome: str) -> Floats:
+    """|outcome| of the identity rows; every one without a value nan."""
+    if outcome == "gap_norm":  # of an identity: 0 by construction, which says nothing about rounding
+        return np.full(len(noise), np.nan)
+    column = {"abs_delta_loss": "delta_loss", "logit_drop": "delta_logit"}.get(outcome, outcome)
+    return np.abs(noise[column].astype(float).to_numpy(np.float64))
+
+
+def _identity_cells(
+    noise: pd.DataFrame, floors: Mapping[str, float | None], cell: Cell, question: Question
+) -> list[dict[str, Any]]:
+    """The identity intervention in the same table: |effect| against none."""
+    rows = []
+    for outcome in question.outcomes:
+        values = _identity_values(noise, outcome)
+        known = ~np.isnan(values)
+        if not known.any():
+            continue
+        nobody = np.full(int(known.sum()), -1, dtype=np.int64)
+        pairs = Pairs(
+            high_N=values[known],
+            low_N=np.zeros(len(nobody)),
+            document_N=noise["document"].to_numpy(np.int64)[known],
+            expert_high_N=nobody,
+            expert_low_N=nobody,
+        )
+        key = {
+            "model": cell.model, "layer": cell.layer, "metric": IDENTITY, "outcome": outcome,
+            "intervention": cell.intervention, "scope": cell.scope, "label": IDENTITY, "orientation": 0,
+        }  # fmt: skip
+        rows.append(cell_row(pairs, key, question.settings, noise_floor=floors[outcome]))
+    return rows
+
+
+def _correlation(active: ActiveExperts, score_NK: Floats, outcome: str, settings: Settings) -> dict[str, Any]:
+    """Rank correlation between scores and effects over a token's active experts, averaged over tokens."""
+    effect_NK = active.outcomes[outcome]
+    whole = np.flatnonzero((np.isfinite(score_NK) & np.isfinite(effect_NK)).all(1))  # every expert scored and measured
+    score_NK, effect_NK, document_N = score_NK[whole], effect_NK[whole], active.document_N[whole]
+    found: dict[str, Any] = {"tokens": len(whole), "tokens_left_out": int(active.defined_N(outcome).sum()) - len(whole)}
+    reasons = []
+    for name, value_N in (
+        ("spearman", spearman_rows(score_NK, effect_NK)),
+        ("kendall", kendall_rows(score_NK, effect_NK)),
+    ):
+        known = ~np.isnan(value_N)
+        interval = mean_interval(
+            value_N[known], document_N[known], level=0.95, draws=settings.bootstrap_draws, seed=settings.seed
+        )
+        found |= {
+            name: float(value_N[known].mean()) if known.any() else None,
+            f"{name}_low": interval.low,
+            f"{name}_high": interval.high,
+            f"{name}_constant": int((~known).sum()),
+        }
+        reasons.append(interval.reason)
+    hit_N, chance_N = top1_hits(score_NK, effect_NK)
+    found["top1_hit_rate"] = float(hit_N.mean()) if len(whole) else None
+    found["top1_chance"] = float(chance_N.mean()) if len(whole) else None
+    found["reason"] = "; ".join(dict.fromkeys(filter(None, reasons)))
+    return found
+
+
+def _rejection(null: Null, outcome: int) -> dict[str, Any]:
+    found = null.rejection_rate(outcome)
+    share, error, rankings = (None, None, 0) if found is None else found
+    return {"rankings": rankings, "rejection_rate": share, "monte_carlo_error": error}
+
+
+def _contrasts(active: ActiveExperts, key: Mapping[str, Any], used: NDArray[np.int64], pairs: Pairs) -> pd.DataFrame:
+    """Rows of the public contrast table."""
+    return pd.DataFrame(
+        {name: key[name] for name in ("model", "layer", "metric", "outcome", "intervention", "scope", "label")}
+        | {
+            "document": active.document_N[used],
+            "sequence": active.sequence_N[used],
+            "position": active.position_N[used],
+            "expert_high": _nullable(pairs.expert_high_N),
+            "expert_low": _nullable(pairs.expert_low_N),
+            "effect_high": pairs.high_N,
+            "effect_low": pairs.low_N,
+        }
+    )
+
+
+def _nullable(expert_N: NDArray[np.int64]) -> pd.Series[Any]:
+    return pd.Series(expert_N, dtype="Int64").mask(expert_N < 0)
+
+
+def _generator(question: Question, cell: Cell, purpose: str) -> np.random.Generator:
+    """The random numbers of one purpose in one cell, whatever else is computed before."""
+    words = f"{cell.model}/{cell.layer}/{cell.intervention}/{cell.scope}/{purpose}"
+    return np.random.default_rng([question.settings.seed, zlib.crc32(words.encode())])
