@@ -5,6 +5,7 @@
 ``manifests/``      one JSON file per commit, written last: the only truth about what is done
 ``effects/``        the effect table (``audit.effects.EFFECTS``), one folder of Parquet files per commit
 ``tokens/``         the token table (``audit.effects.TOKENS``), likewise
+``pruning/``        the pruning table (``audit.pruning.PRUNING``), where the redundancy study is made
 ``observations/``   calibration: sums, means and reservoirs, per part and merged
 ``results/``        tables reduced from all of that
 ``quarantine.jsonl``  tasks given up, with the error's text; ``progress.jsonl``: one line every few seconds
@@ -33,10 +34,11 @@ import pyarrow.fs
 import pyarrow.parquet
 
 from audit.effects import EFFECTS, TOKENS
+from audit.pruning.schema import PRUNING
 
-TableName = Literal["effects", "tokens"]
-SCHEMAS: Mapping[TableName, pa.Schema] = {"effects": EFFECTS, "tokens": TOKENS}
-COMMITTED = ("effects", "tokens", "observations")
+TableName = Literal["effects", "tokens", "pruning"]
+SCHEMAS: Mapping[TableName, pa.Schema] = {"effects": EFFECTS, "tokens": TOKENS, "pruning": PRUNING}
+COMMITTED = (*SCHEMAS, "observations")
 
 
 class RunFolderError(ValueError):
@@ -201,6 +203,15 @@ class RunFolder:
         sink = pa.BufferOutputStream()
         pa.parquet.write_table(table, sink, compression="zstd")
         self._write(f"results/{name}.parquet", sink.getvalue().to_pybytes())
+
+    def write_result(self, name: str, text: str) -> None:
+        """Write ``results/<name>``, replacing it in one step."""
+        self._write(f"results/{name}", text)
+
+    def read_result(self, name: str) -> str | None:
+        """``results/<name>``; None where the run has not got there."""
+        path = self.path("results", name)
+        return str(self._fs.cat_file(path).decode("utf-8")) if self._fs.exists(path) else None
 
     def read_table(self, name: str) -> pa.Table:
         """``results/<name>.parquet``; raises FileNotFoundError where the run has not got there."""

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 
-from audit.runfolder import Manifest, RunFolder
+from audit.runfolder import SCHEMAS, Manifest, RunFolder
 from cluster.driver import ResultsLostError, RunError
 from cluster.replica import Handle, Result
 
-TABLES = ("effects", "tokens")
+TABLES = tuple(SCHEMAS)
 
 WriteTables = Callable[[Sequence[Handle], RunFolder, str], None]
 """Write the tables behind the handles as Parquet files into a folder (relative to the run folder)."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import posixpath
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import fsspec
+import fsspec.core
+import pandas as pd
 import torch
 
 from audit.calibration import Calibration
@@ -17,7 +20,9 @@ from audit.engine.validate import load
 from audit.models import MoEModel
 from audit.models.weights import weight_metrics
 from audit.observations.reservoir import SIZE
-from audit.studies.observed import metric_table
+from audit.pruning import prune_table
+from audit.published.released_code import padding_token, released_metrics_of_tokens
+from audit.studies.observed import metric_table, oriented
 from cluster.tasks import Task
 from cluster.worker import Output
 
@@ -70,7 +75,15 @@ class EngineWorker:
 
     def run(self, task: Task, attempt: int) -> Output:
         start = time.monotonic()
-        output = self._measure(task) if task.kind == "measure" else self._save(task, attempt)
+        match task.kind:
+            case "measure":
+                output = self._measure(task)
+            case "prune":
+                output = self._prune(task)
+            case "release":
+                output = self._release(task, attempt)
+            case _:
+                output = self._save(task, attempt)
         return Output({**output.receipt, "seconds": round(time.monotonic() - start, 3)}, output.tables)
 
     def _measure(self, task: Task) -> Output:
@@ -81,7 +94,10 @@ class EngineWorker:
             interventions=task.interventions,
             scope=self._config.scope,
             all_positions=self._config.all_positions,
-            calibration=self._load(task.inputs[0]) if task.inputs else None,
+            calibration=None if task.calibration is None else self._load(task.calibration),
+            rankings=None if task.metrics is None else oriented(self._metrics(task.metrics)),
+            attribution=task.attribution,
+            redistribution=task.redistribution,
         )
         receipt = {
             "method": found.method,
@@ -92,6 +108,20 @@ class EngineWorker:
         }
         return Output(receipt, {"effects": found.effects} | ({"tokens": found.tokens} if task.tokens else {}))
 
+    def _prune(self, task: Task) -> Output:
+        assert task.metrics is not None
+        table = self._metrics(task.metrics)
+        overall = table[table["domain"].isna()]
+        found = prune_table(self._engine.model, task.sequences, task.prunings, overall, seed=self._config.seed)
+        return Output({}, {"pruning": found})
+
+    def _release(self, task: Task, attempt: int) -> Output:
+        model = self._engine.model
+        texts = [sequence.token_ids.tolist() for sequence in task.sequences]
+        table = released_metrics_of_tokens(model, texts, padding_token(model), layers=task.layers)
+        name = self._new_folder(task, attempt)
+        return Output({"folder": name, "released": self._write(table, f"{name}/released.parquet")})
+
     def _save(self, task: Task, attempt: int) -> Output:
         """Observe or merge, into a folder of its own: a second attempt does not touch what a first one left."""
         if task.kind == "merge":
@@ -100,16 +130,30 @@ class EngineWorker:
             calibration = self._engine.observe(
                 task.sequences, domains=self._domains, stored_outputs=self._stored_outputs
             )
-        name = f"observations/{task.id}-{attempt}-{uuid.uuid4().hex[:8]}"
+        name = self._new_folder(task, attempt)
         calibration.save(f"{self._folder}/{name}")
         if task.kind != "merge":
             return Output({"folder": name})
         table = metric_table(calibration.observations, weight_metrics(self._engine.model))
-        with fsspec.open(f"{self._folder}/{name}/metrics.parquet", "wb") as file:
+        return Output({"folder": name, "metrics": self._write(table, f"{name}/metrics.parquet")})
+
+    @staticmethod
+    def _new_folder(task: Task, attempt: int) -> str:
+        return f"observations/{task.id}-{attempt}-{uuid.uuid4().hex[:8]}"
+
+    def _write(self, table: pd.DataFrame, name: str) -> str:
+        filesystem, path = fsspec.core.url_to_fs(f"{self._folder}/{name}")
+        filesystem.makedirs(posixpath.dirname(path), exist_ok=True)
+        with filesystem.open(path, "wb") as file:
             table.to_parquet(file, index=False)
-        return Output({"folder": name, "metrics": f"{name}/metrics.parquet"})
+        return name
 
     def _load(self, name: str) -> Calibration:
         if self._calibration is None or self._calibration[0] != name:
             self._calibration = (name, Calibration.load(f"{self._folder}/{name}").to(self._engine.model.device))
         return self._calibration[1]
+
+    def _metrics(self, name: str) -> pd.DataFrame:
+        with fsspec.open(f"{self._folder}/{name}/metrics.parquet", "rb") as file:
+            table: pd.DataFrame = pd.read_parquet(file)
+        return table

@@ -37,14 +37,14 @@ class _Actor:
             make_worker: Callable[[], Worker] = ray.cloudpickle.loads(self._make_worker)
             self._worker = make_worker()
 
-    def run(self, task: Task, attempt: int) -> tuple[dict[str, Any], pa.Table | None, pa.Table | None]:
+    def run(self, task: Task, attempt: int) -> tuple[dict[str, Any] | pa.Table | None, ...]:
         assert self._worker is not None, "a replica gets tasks after its first ping"
         output = self._worker.run(task, attempt)
         receipt = dict(output.receipt) | {
             "rows": {name: table.num_rows for name, table in output.tables.items()},
             "bytes": sum(table.nbytes for table in output.tables.values()),
         }
-        return receipt, output.tables.get("effects"), output.tables.get("tokens")
+        return receipt, *(output.tables.get(name) for name in TABLES)
 
 
 class _RayReplica:

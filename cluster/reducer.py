@@ -7,17 +7,21 @@ bit for any number of replicas, any order of completion and any cut into files.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
 
+from audit.config import AuditConfig
 from audit.runfolder import RunFolder
 from audit.studies import summary
+from cluster.studies import make_studies
 
-RESULTS = ("layers", "experts", "noise_floor")  # and metrics, where the experts were observed
+_REDUCED = "reduced.json"  # written last: which tasks the results were made of
 
 
 def fingerprint(folder: RunFolder) -> str:
@@ -29,18 +33,13 @@ def is_reduced(folder: RunFolder) -> bool:
     """Whether results/ was made from exactly what is committed; without any effects there is nothing to make."""
     if not folder.files("effects"):
         return True
-    try:
-        return all(
-            (folder.read_table(name).schema.metadata or {}).get(b"tasks") == fingerprint(folder).encode()
-            for name in RESULTS
-        )
-    except FileNotFoundError:
-        return False
+    found = folder.read_result(_REDUCED)
+    return found is not None and json.loads(found)["tasks"] == fingerprint(folder)
 
 
-def reduce(folder: RunFolder) -> None:
-    """Write results/layers.parquet, experts.parquet and noise_floor.parquet from every committed effect, and
-    metrics.parquet from what was observed of the experts.
+def reduce(folder: RunFolder) -> list[str]:
+    """Write every result of what is committed into results/, and return their names: layers, experts and noise_floor of
+    every effect, metrics of what was observed of the experts, and what the studies of the specification give.
     """
     manifests = folder.manifests()
     changes = [
@@ -56,13 +55,25 @@ def reduce(folder: RunFolder) -> None:
     merged = summary.merge(
         _mapped(folder, lambda table: summary.partial_sums(table, floor), [*summary.CELL, "expert", *outcomes])
     )
-    tables = {"layers": summary.layer_summary(merged), "experts": summary.expert_summary(merged), "noise_floor": floor}
-    assert set(tables) == set(RESULTS)
+    results: dict[str, pa.Table | str] = {
+        "layers.parquet": summary.layer_summary(merged),
+        "experts.parquet": summary.expert_summary(merged),
+        "noise_floor.parquet": floor,
+    }
     observed = _metrics(folder)
     if observed is not None:
-        tables["metrics"] = observed
-    for name, table in tables.items():
-        folder.write_table(name, table.replace_schema_metadata({"tasks": fingerprint(folder)}))
+        results["metrics.parquet"] = observed
+        run = folder.require_run()
+        config = AuditConfig.parse(run["specification"], Path())
+        ranked = pa.concat_tables([observed, *_released(folder)], promote_options="permissive")
+        results |= make_studies(folder, config, str(run["model"]["source"]), ranked)
+    for name, result in results.items():
+        if isinstance(result, str):
+            folder.write_result(name, result)
+        else:
+            folder.write_table(name.removesuffix(".parquet"), result)
+    folder.write_result(_REDUCED, json.dumps({"tasks": fingerprint(folder), "results": sorted(results)}) + "\n")
+    return sorted(results)
 
 
 def _metrics(folder: RunFolder) -> pa.Table | None:
@@ -71,10 +82,19 @@ def _metrics(folder: RunFolder) -> pa.Table | None:
     """
     receipts = folder.done()
     for task in ("merge-audited", "merge-calibration"):
-        path = receipts.get(task, {}).get("metrics")
-        if path is not None:
-            return pq.read_table(folder.path(str(path)), filesystem=folder.arrow_filesystem())
+        if "metrics" in receipts.get(task, {}):
+            return _read(folder, str(receipts[task]["metrics"]))
     return None
+
+
+def _released(folder: RunFolder) -> list[pa.Table]:
+    """The metrics as the released code computed them, where they were asked for; one over all domains."""
+    tables = [_read(folder, str(receipt["released"])) for receipt in folder.done().values() if "released" in receipt]
+    return [table.append_column("domain", pa.nulls(table.num_rows, pa.string())) for table in tables]
+
+
+def _read(folder: RunFolder, name: str) -> pa.Table:
+    return pq.read_table(folder.path(name), filesystem=folder.arrow_filesystem())
 
 
 def _mapped(folder: RunFolder, function: Callable[[pa.Table], pa.Table], columns: Sequence[str]) -> list[pa.Table]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from cluster.committer import FolderCommitter
 from cluster.display import Display
 from cluster.driver import Driver, Policy, Stopped
 from cluster.ray_fleet import RayFleet, write_tables
-from cluster.session import ray_session, require_resources, stop_signals
+from cluster.session import cores, ray_session, require_resources, stop_signals
 from cluster.tasks import Task
 from cluster.worker import Worker
 
@@ -28,7 +28,7 @@ FREE = (("name",), ("cluster", "replicas"), ("cluster", "max_attempts"), ("clust
 class Job:
     """A run that was thought through and not begun.
 
-    ``stages``: (name, tasks) in order; a task's ``inputs`` are ids of earlier tasks. ``identity``: everything that
+    ``stages``: (name, tasks) in order; a task ``needs`` earlier ones, by id. ``identity``: everything that
     decides the results' bits, which a folder is bound to. ``information``: what else run.json tells.
     """
 
@@ -117,6 +117,19 @@ def execute(job: Job, folder: RunFolder, display: Display) -> Outcome:
             return outcome
 
 
+def reduce_again(folder: RunFolder, display: Display) -> list[str]:
+    """Recompute every result from what is committed; returns the names of the files in results/.
+
+    Raises RunFolderError where the folder holds no run or nothing is committed in it.
+    """
+    folder.require_run()
+    if not folder.files("effects"):
+        raise RunFolderError(f"{folder.url}: no effects are committed yet; finish the run first")
+    with folder.lock(), ray_session(cores()):
+        display.say("reducing the effects to tables")
+        return reducer.reduce(folder)
+
+
 def _is_done(job: Job, folder: RunFolder) -> bool:
     done = folder.done()
     return all(task.id in done for _, tasks in job.stages for task in tasks) and reducer.is_reduced(folder)
@@ -127,9 +140,10 @@ def _run_stages(job: Job, folder: RunFolder, driver: Driver) -> Outcome:
     blocked: list[str] = []
     for stage, tasks in job.stages:
         receipts = folder.done()
-        ready = [task for task in tasks if all(id_ in receipts for id_ in task.inputs)]
+        folders = {id_: str(receipt["folder"]) for id_, receipt in receipts.items() if "folder" in receipt}
+        ready = [task for task in tasks if all(id_ in folders for id_ in task.needs)]
         blocked += [task.id for task in tasks if task not in ready]
         if any(task.id not in receipts for task in ready):
-            resolved = [replace(t, inputs=tuple(str(receipts[id_]["folder"]) for id_ in t.inputs)) for t in ready]
-            quarantined |= driver.run(stage, resolved, set(receipts)).quarantined
+            found = [task.found(folders) for task in ready]
+            quarantined |= driver.run(stage, found, set(receipts)).quarantined
     return Outcome(quarantined, blocked)

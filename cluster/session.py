@@ -38,6 +38,8 @@ def ray_session(cpus: int) -> Iterator[None]:
     it one of our own is started, which writes nothing to the home directory, leaves nothing behind and declares one
     logical CPU more than cores: Ray Data needs a free one to write results, and waits for ever where there is none.
     """
+    # A task's error is the driver's to tell; without this Ray prints it once more for every table it did not return.
+    os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
     with _quiet():
         if ray.is_initialized():
             yield

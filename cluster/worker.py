@@ -16,7 +16,7 @@ from cluster.tasks import Task
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """``tables``: effects and tokens (measure). ``receipt``: what the manifest is to remember, JSON only.
+    """``tables``: effects and tokens (measure), pruning (prune). ``receipt``: what the manifest remembers, JSON only.
 
     Of observe and merge the receipt names "folder", where the observations were saved, relative to the run folder.
     """

@@ -1,4 +1,4 @@
-"""The command line: ``moe-audit run | plan | status | validate | models``.
+"""The command line: ``moe-audit run | plan | status | reduce | cells | prune | validate | models``.
 
 What the commands do is in ``jobs.commands``, imported when one is called: help is answered without loading anything.
 """
@@ -15,6 +15,9 @@ EXAMPLES = """examples:
   moe-audit run audit.yaml --out runs/code --set layers=[1,3] --set positions.sample=500
   moe-audit plan audit.yaml --set scope=sequence
   moe-audit status runs/demo
+  moe-audit reduce runs/demo
+  moe-audit cells contrasts.csv --out cells/
+  moe-audit prune runs/importance --metric reap --keep 12 --out pruned/
 
 exit status: 0 all done, 1 done but for quarantined tasks or ended by an error, 2 a mistake in what was asked for,
 130 or 143 stopped; the run command given again goes on where it was."""
@@ -39,6 +42,9 @@ def parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="do an audit, or what is missing of it, into a folder")
     plan = commands.add_parser("plan", help="tasks, rows, predicted time and size of an audit, without running it")
     status = commands.add_parser("status", help="how far the run in a folder has come")
+    reduce = commands.add_parser("reduce", help="recompute every result of a run from its tables")
+    cells = commands.add_parser("cells", help="statistics and verdicts of a contrast table, whoever measured it")
+    prune = commands.add_parser("prune", help="write a smaller checkpoint without the experts a metric ranks lowest")
     validate = commands.add_parser("validate", help="check a specification against its model and its texts")
     models = commands.add_parser(
         "models", help="what a checkpoint holds: layers, experts, top-k, router, shared experts"
@@ -61,7 +67,24 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="how progress is shown (default: auto)",
     )
-    status.add_argument("dir", metavar="DIR", help="a run's folder")
+    for command in (status, reduce, prune):
+        command.add_argument("dir", metavar="DIR", help="a run's folder")
+    cells.add_argument("contrasts", metavar="CONTRASTS", help="a CSV or Parquet file; docs/tables.md has its columns")
+    cells.add_argument("--out", metavar="DIR", required=True, help="where cells.parquet and cells.csv are written")
+    cells.add_argument("--alpha", type=float, default=0.05, help="of a family of cells (default: 0.05)")
+    cells.add_argument("--margin", type=float, default=0.1, help="|d| that is practically nothing (default: 0.1)")
+    cells.add_argument("--draws", type=int, default=10_000, help="of the bootstrap (default: 10000)")
+    cells.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: 0)")
+    cells.add_argument(
+        "--confirmatory",
+        metavar="OUTCOME",
+        nargs="+",
+        default=["delta_loss", "kl"],
+        help="outcomes named before the data were seen (default: delta_loss kl)",
+    )
+    prune.add_argument("--metric", required=True, help="a metric of results/metrics.parquet, such as reap")
+    prune.add_argument("--keep", type=int, required=True, help="experts that every MoE layer keeps")
+    prune.add_argument("--out", metavar="CKPT", required=True, help="the new checkpoint's folder, new or empty")
     return top
 
 

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from audit.config import AuditConfig, ConfigError
 from audit.models import ModelError, describe
+from audit.observations.registry import find_metric
+from audit.pruning import prune_by_metric
 from audit.runfolder import RunFolder, RunFolderError
+from audit.statistics.cells import Settings
+from audit.studies.contrasts import ContrastError, cells_of, read_contrasts, write_cells
+from audit.studies.findings import findings
 from cluster.display import duration, make_display
 from cluster.driver import RunError
 from cluster.plan import prepare
-from cluster.run import Job, execute, identity_of, refuse_other
+from cluster.run import Job, execute, identity_of, reduce_again, refuse_other
 from jobs import output
 
 
@@ -22,12 +28,15 @@ def call(command: str, given: argparse.Namespace) -> int:
         "run": run,
         "plan": plan,
         "status": status,
+        "reduce": reduce,
+        "cells": cells,
+        "prune": prune,
         "validate": validate,
         "models": models,
     }
     try:
         return commands[command](given)
-    except (ConfigError, ModelError, RunFolderError) as error:
+    except (ConfigError, ContrastError, ModelError, RunFolderError) as error:
         output.complain(_sentence(error))
         return 2
     except RunError as error:
@@ -73,6 +82,60 @@ def status(given: argparse.Namespace) -> int:
     output.show_status(folder, folder.require_run())
     for note in _notes(folder):
         output.say(note)
+    return 0
+
+
+def reduce(given: argparse.Namespace) -> int:
+    folder = RunFolder(given.dir)
+    display = make_display("auto")
+    try:
+        names = reduce_again(folder, display)
+    finally:
+        display.close()
+    output.show_results(folder)
+    output.say(f"{', '.join(names)} in {folder.path('results')}")
+    return 0
+
+
+def cells(given: argparse.Namespace) -> int:
+    try:
+        settings = Settings(
+            alpha=given.alpha,
+            margin=given.margin,
+            bootstrap_draws=given.draws,
+            seed=given.seed,
+            confirmatory=tuple(given.confirmatory),
+        )
+    except ValueError as error:
+        raise ConfigError(f"--{str(error).replace('bootstrap_draws', 'draws')}") from error
+    table = cells_of(read_contrasts(given.contrasts), settings)
+    paths = write_cells(table, given.out)
+    output.show_cells(table)
+    output.say(findings(table, settings))
+    output.say(f"{len(table):,} cells in {' and '.join(map(str, paths))}")
+    return 0
+
+
+def prune(given: argparse.Namespace) -> int:
+    folder = RunFolder(given.dir)
+    run = folder.require_run()
+    try:
+        table = folder.read_table("metrics").to_pandas()
+        found = prune_by_metric(
+            run["model"]["source"],
+            table[table["domain"].isna()],
+            find_metric(given.metric).name,
+            keep=given.keep,
+            out=Path(given.out),
+            revision=AuditConfig.parse(run["specification"], Path()).model.revision,
+        )
+    except FileNotFoundError as error:
+        raise RunFolderError(str(error)) from error
+    except ModelError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"--{error}") from error
+    output.show_pruned(found)
     return 0
 
 

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, get_args
 
 import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
 from audit.models import ModelDescription
+from audit.pruning import PrunedCheckpoint
 from audit.runfolder import RunFolder
+from audit.statistics.verdict import Word
 from cluster.display import duration
 from cluster.run import Job
 
 MOST_EXPERTS = 10
+_VERDICTS = get_args(Word)
 
 
 def say(text: str) -> None:
@@ -32,7 +35,14 @@ def show_results(folder: RunFolder) -> None:
         layers, experts, floor = (folder.read_table(name).to_pandas() for name in ("layers", "experts", "noise_floor"))
     except FileNotFoundError:
         return
+    text = folder.read_result("findings.md")
+    if text is not None:
+        cells = folder.read_table("cells").to_pandas()
+        confirmatory = folder.require_run()["specification"]["studies"]["importance"]["confirmatory"]
+        show_cells(cells[cells["outcome"].isin(confirmatory)])
+        say(text)
     keys = ["unit", "intervention", "target", "parameter", "scope"]
+    layers = layers[layers["unit"] != "set"] if text is not None else layers  # those of the progressive study are many
     for cell, mine in layers.groupby(keys, dropna=False, sort=True):
         what = _cell(*cell)
         _print(f"Mean effect per layer: {what}", [{"layer": row["layer"], **_effects(row)} for row in _rows(mine)])
@@ -54,6 +64,35 @@ def show_results(folder: RunFolder) -> None:
     ]
     caption = "* the median effect is below the layer's 99.9 % noise quantile"
     _print("Noise floor: |outcome| of interventions that change nothing", noise, caption)
+
+
+def show_cells(cells: pd.DataFrame) -> None:
+    """How many cells of every metric and outcome carry which verdict, and the largest |d|."""
+    rows = []
+    for (label, metric, outcome), mine in cells.groupby(["label", "metric", "outcome"], sort=True):
+        known = mine["cohen_d"].dropna()
+        counts = mine["verdict"].value_counts()
+        rows.append(
+            {
+                "metric": metric,
+                "label": label,
+                "outcome": outcome,
+                "cells": len(mine),
+                "d": "" if known.empty else f"{known.min():+.2f} to {known.max():+.2f}",
+                **{word: int(counts[word]) if word in counts else "" for word in _VERDICTS},
+            }
+        )
+    _print("Verdicts by metric and outcome", rows)
+
+
+def show_pruned(found: PrunedCheckpoint) -> None:
+    """Where the smaller checkpoint lies and what it kept."""
+    kept = len(next(iter(found.kept.values())))
+    changes = ", ".join(f"{name} {before} -> {after}" for name, (before, after) in found.config_changes.items())
+    say(f"{found.folder}: {kept} experts in each of {len(found.kept)} layers ({changes})")
+    say(f"{_size(found.bytes_before)} of weights became {_size(found.bytes_after)}")
+    for note in found.notes:
+        say(note)
 
 
 def show_plan(job: Job) -> None:

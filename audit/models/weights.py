@@ -3,22 +3,31 @@
 from __future__ import annotations
 
 import pandas as pd
+from torch import Tensor
 
+from audit.models.discovery import Site
 from audit.models.moe_model import MoEModel
 from audit.observations import weight_statistics
 
 
 def weight_metrics(model: MoEModel) -> pd.DataFrame:
-    """``weight_statistics`` of every MoE layer. Layers whose router holds no matrix with a row per expert are
-    left out.
-    """
+    """``weight_statistics`` of every MoE layer; no rows where :func:`has_weight_metrics` says no."""
     frames = []
     for layer, site in model.sites.items():
-        matrices = [p for p in site.router.parameters() if p.dim() == 2] if site.router is not None else []
-        router = next((p for p in matrices if p.shape[0] == site.num_experts), None)
+        router = _router_matrix(site)
         if router is None:
-            continue
+            return pd.DataFrame(columns=["layer", "expert"])
         stacked = [p for p in site.experts.parameters(recurse=False) if p.dim() == 3]
         experts = ([p[expert] for p in stacked] for expert in range(site.num_experts))
         frames.append(weight_statistics(layer, router, experts))
-    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=["layer", "expert"])
+    return pd.concat(frames, ignore_index=True)
+
+
+def has_weight_metrics(model: MoEModel) -> bool:
+    """Whether every MoE layer's router holds a matrix with a row per expert."""
+    return all(_router_matrix(site) is not None for site in model.sites.values())
+
+
+def _router_matrix(site: Site) -> Tensor | None:
+    matrices = [p for p in site.router.parameters() if p.dim() == 2] if site.router is not None else []
+    return next((p for p in matrices if p.shape[0] == site.num_experts), None)

@@ -1,0 +1,354 @@
+"""The planner: cuts the work of a specification into tasks.
+
+The cut depends on the specification, the corpus and predicted costs alone, never on the number of replicas or on how
+fast this machine is today: then any number of replicas, and any order of completion, gives the same tables.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TypeVar
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+
+from audit.config import AuditConfig, ConfigError, audited_layers
+from audit.config.studies import RedundancyConfig
+from audit.corpus import Corpus, TokenSequence, sample_positions
+from audit.engine import Cost, Engine
+from audit.interventions import NEEDS_CALIBRATION, Intervention
+from audit.models import MoEModel
+from audit.models.weights import has_weight_metrics
+from audit.observations.registry import METRICS, find_metric
+from audit.pruning import Pruning, RemovalOrders, model_limits, plan_prunings
+from audit.published.released_code import MAX_TOKENS as RELEASED_TOKENS
+from audit.published.released_code import padding_token
+from audit.studies.progressive import progressive_interventions
+from cluster.tasks import Task
+
+# Floating-point operations a second that a replica is taken to do, per CPU thread or per device. They size tasks and
+# guess the time before a run; what is shown while it runs is measured.
+NOMINAL_FLOPS = {"cpu": 20e9, "cuda": 20e12}
+# A small run is cut into this many tasks at least, so that it can be spread and its progress be seen.
+FEWEST_TASKS = 32
+
+Positions = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Piece:
+    """The least that a measuring task can be made of."""
+
+    sequence: TokenSequence
+    positions: Positions
+    layers: tuple[int, ...]
+    cost: Cost
+
+
+def require_distinct(interventions: Sequence[Intervention], progressive: Sequence[Intervention] = ()) -> None:
+    """Raise ConfigError where the effect table could not tell two interventions' effects apart, and would pool them.
+
+    ``progressive``: what that study adds to those of the specification.
+    """
+    seen: dict[tuple[object, ...], int] = {}
+    for number, intervention in enumerate((*interventions, *progressive)):
+        target = intervention.target
+        parameter = intervention.factor if intervention.kind == "scale" else target.count
+        first = seen.setdefault((target.selection, target.metric, intervention.kind, parameter), number)
+        if first == number:
+            continue
+        same = f"target {target.selection}, {intervention.kind}"
+        same += "" if parameter is None else f", parameter {parameter:g}"
+        if number >= len(interventions):
+            raise ConfigError(f"studies.progressive: it measures {same} itself; take interventions.{first} out")
+        raise ConfigError(
+            f"interventions.{number}: its effects would not be told from those of interventions.{first} ({same}); "
+            "give each an audit of its own"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Request:
+    """Effects that are asked for: which, and where. ``name`` is what its tasks' ids begin with."""
+
+    name: str
+    layers: tuple[int, ...]
+    interventions: tuple[Intervention, ...]
+    positions: Sequence[Positions]  # per audited sequence
+    tokens: bool = False  # whether its tasks write the token table
+    attribution: bool = False
+    redistribution: bool = False
+
+
+class Planner:
+    """Cuts one specification's work into tasks."""
+
+    def __init__(self, config: AuditConfig, engine: Engine, corpus: Corpus) -> None:
+        self._config, self._engine, self._studies = config, engine, config.studies
+        self._calibration, self._audited = corpus.split(
+            config.calibration.share, config.calibration.documents, config.seed
+        )
+        where = config.positions
+        self._positions = sample_positions(
+            self._audited, where.sample, config.seed, where.include_first, where.include_special
+        )
+        self._layers = audited_layers(config, engine.model.description)
+        self._interventions = config.build_interventions()
+        device = engine.model.device.type
+        self._flops_per_second = NOMINAL_FLOPS.get(device, NOMINAL_FLOPS["cpu"]) * (
+            config.engine.threads if device == "cpu" else 1
+        )
+        self._target = config.cluster.task_minutes * 60 * self._flops_per_second
+        self.bytes = 0
+
+    def seconds(self, stages: Sequence[tuple[str, Sequence[Task]]]) -> float:
+        """What one replica is predicted to need."""
+        return sum(task.flops for _, tasks in stages for task in tasks) / self._flops_per_second
+
+    def stages(self) -> list[tuple[str, list[Task]]]:
+        """Observe, merge, effects and what the studies ask for beyond: what a task's id begins with.
+
+        Raises ConfigError where nothing is left to audit.
+        """
+        if not sum(map(len, self._positions)):
+            raise ConfigError("positions: the audited documents have no eligible position; use a larger corpus")
+        observe = self._observe("calibration", self._calibration)
+        if self._config.calibration.metrics_from == "audited":
+            observe += self._observe("audited", self._audited)
+        importance = self._studies.importance
+        if importance is not None and importance.released_code:
+            observe.append(self._release())
+        merge = [
+            Task(id=f"merge-{part}", kind="merge", inputs=inputs)
+            for part in ("calibration", "audited")
+            if (inputs := tuple(task.id for task in observe if task.id.startswith(f"observe-{part}-")))
+        ]
+        stages = [("observe", observe), ("merge", merge)]
+        stages += [(request.name, self._measure(request)) for request in self._requests()]
+        return stages + ([("pruning", self._prune(redundancy))] if (redundancy := self._studies.redundancy) else [])
+
+    def _requests(self) -> list[_Request]:
+        """The audit's own effects, then those of its studies; only the first writes the token table."""
+        effects = _Request(
+            "effects",
+            self._layers,
+            self._interventions,
+            self._positions,
+            tokens=True,
+            attribution=self._config.attribution,
+            redistribution=self._studies.redistribution,
+        )
+        self._require_possible(effects)
+        requests = [effects]
+        progressive = self._studies.progressive
+        if progressive is not None:
+            top_k = min(self._engine.model.sites[layer].top_k for layer in self._layers)
+            layers = self._layers if progressive.layers is None else tuple(progressive.layers)
+            metrics = observed_metrics(progressive.metrics, self._engine.model)
+            interventions = progressive_interventions(top_k, metrics, progressive.draws)
+            positions = _thinned(self._positions, progressive.positions, self._config.seed)
+            requests.append(_Request("progressive", layers, interventions, positions))
+            self._require_possible(requests[-1])
+        require_distinct(*(request.interventions for request in requests))
+        return requests
+
+    def _observe(self, part: str, sequences: Sequence[TokenSequence]) -> list[Task]:
+        def cost(sequence: TokenSequence) -> float:  # every layer runs twice: with its experts and without
+            return 2 * self._engine.cost([len(sequence)], [0], (), ()).flops
+
+        groups = _pack(sequences, cost, self._target)
+        return [
+            Task(
+                id=f"observe-{part}-{number:06d}",
+                kind="observe",
+                sequences=group,
+                rows=sum(map(len, group)),
+                flops=sum(map(cost, group)),
+            )
+            for number, group in enumerate(groups)
+        ]
+
+    def _release(self) -> Task:
+        texts = self._audited
+        try:
+            padding_token(self._engine.model)
+        except ValueError as error:
+            raise ConfigError(f"studies.importance.released_code: {error}") from error
+        longest = max(map(len, texts))
+        if longest > RELEASED_TOKENS:
+            raise ConfigError(
+                f"corpus.max_tokens: {longest} tokens, but the released code read {RELEASED_TOKENS} at most; use "
+                f"max_tokens: {RELEASED_TOKENS}, or studies.importance.released_code: false"
+            )
+        padded = [longest] * len(texts)
+        return Task(
+            id="released-000000",
+            kind="release",
+            sequences=texts,
+            layers=self._layers,
+            rows=sum(padded),
+            flops=self._engine.cost(padded, [0] * len(texts), (), ()).flops,
+        )
+
+    def _measure(self, request: _Request) -> list[Task]:
+        audited = zip(self._audited, request.positions, strict=True)
+        pieces = [
+            piece
+            for sequence, positions in audited
+            if len(positions)
+            for piece in self._pieces(request, sequence, positions)
+        ]
+        self.bytes += sum(piece.cost.bytes for piece in pieces)
+        draws = any(intervention.kind in NEEDS_CALIBRATION for intervention in request.interventions)
+        ranks = any(intervention.target.metric is not None for intervention in request.interventions)
+        groups = [
+            group
+            for _, same_layers in groupby(pieces, key=lambda piece: piece.layers)
+            for group in _pack(list(same_layers), lambda piece: piece.cost.flops, self._target)
+        ]
+        return [
+            Task(
+                id=f"{request.name}-{number:06d}",
+                kind="measure",
+                sequences=[piece.sequence for piece in group],
+                positions=[piece.positions for piece in group],
+                layers=group[0].layers,
+                interventions=request.interventions,
+                tokens=request.tokens and group[0].layers[0] == request.layers[0],
+                attribution=request.attribution,
+                redistribution=request.redistribution,
+                calibration="merge-calibration" if draws else None,
+                metrics=f"merge-{self._config.calibration.metrics_from}" if ranks else None,
+                rows=sum(piece.cost.rows for piece in group),
+                flops=sum(piece.cost.flops for piece in group),
+            )
+            for number, group in enumerate(groups)
+        ]
+
+    def _prune(self, study: RedundancyConfig) -> list[Task]:
+        metrics = observed_metrics(study.metrics, self._engine.model)
+        prunings = plan_prunings(self._layers, metrics, shares=study.shares, draws=study.draws)
+        self._require_prunable(prunings)
+        documents = sorted({sequence.document for sequence in self._audited})
+        if study.documents is not None and study.documents < len(documents):
+            documents = (
+                np.random.default_rng(self._config.seed).choice(documents, study.documents, replace=False).tolist()
+            )
+        sequences = [sequence for sequence in self._audited if sequence.document in set(documents)]
+        whole = sum(self._engine.cost([len(sequence)], [0], (), ()).flops for sequence in sequences)
+        depth = len(self._engine.model.layers)
+
+        def cost(pruning: Pruning) -> float:  # it begins at the first layer that is pruned
+            return whole * (depth - min(pruning.layers)) / depth
+
+        return [
+            Task(
+                id=f"pruning-{number:06d}",
+                kind="prune",
+                sequences=sequences,
+                prunings=tuple(group),
+                metrics=f"merge-{self._config.calibration.metrics_from}",
+                rows=len(group) * len(documents),
+                flops=whole + sum(map(cost, group)),
+            )
+            for number, group in enumerate(_pack(prunings, cost, self._target))
+        ]
+
+    def _pieces(self, request: _Request, sequence: TokenSequence, positions: Positions) -> list[_Piece]:
+        """A sequence whole, or cut where it costs more than a task may: by positions, or by layers in sequence scope.
+
+        In sequence scope one forward gives every position, and cutting by positions would run it again for each.
+        """
+        whole = self._piece(request, sequence, positions, request.layers)
+        parts = math.ceil(whole.cost.flops / self._target)
+        if parts == 1:
+            return [whole]
+        if self._config.scope == "sequence":
+            layers = np.array_split(request.layers, min(parts, len(request.layers)))
+            return [self._piece(request, sequence, positions, tuple(part.tolist())) for part in layers]
+        cut = np.array_split(positions, min(parts, len(positions)))
+        return [self._piece(request, sequence, at, request.layers) for at in cut]
+
+    def _piece(
+        self, request: _Request, sequence: TokenSequence, positions: Positions, layers: tuple[int, ...]
+    ) -> _Piece:
+        scope = self._config.scope
+        cost = self._engine.cost(
+            [len(sequence)],
+            [len(positions)],
+            layers,
+            request.interventions,
+            scope,
+            request.attribution,
+            request.redistribution,
+        )
+        return _Piece(sequence, positions, layers, cost)
+
+    def _require_prunable(self, prunings: Sequence[Pruning]) -> None:
+        """Raise ConfigError where a share removes nobody, or more experts than a router can do without."""
+        no_metrics = pd.DataFrame(columns=["layer", "metric"])  # how many are removed does not depend on them
+        orders = RemovalOrders(no_metrics, model_limits(self._engine.model), self._config.seed)
+        for pruning in prunings:
+            if pruning.draw == 0:
+                try:
+                    orders.removed(pruning)
+                except ValueError as error:
+                    raise ConfigError(f"studies.redundancy.{error}") from error
+
+    def _require_possible(self, request: _Request) -> None:
+        longest = max((len(sequence) for sequence in self._audited), default=1)
+        layers, interventions, scope = request.layers, request.interventions, self._config.scope
+        try:
+            self._engine.require_possible(layers, interventions, scope, self._config.all_positions)
+            self._engine.require_room(longest, layers, interventions, scope, request.attribution)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+
+def observed_metrics(asked: str | Sequence[str], model: MoEModel) -> tuple[str, ...]:
+    """The names of the metrics that will be observed: those asked for, or all. Raises ConfigError for an unknown."""
+    has_weights = has_weight_metrics(model)
+    known = [name for name, metric in METRICS.items() if metric.formula is not None or has_weights]
+    if asked == "all":
+        return tuple(known)
+    try:
+        names = tuple(dict.fromkeys(find_metric(name).name for name in asked))
+    except ValueError as error:
+        raise ConfigError(f"studies: {error}") from error
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"studies: the metric {name!r} needs experts' weights, which this model keeps elsewhere")
+    return names
+
+
+def _thinned(positions: Sequence[Positions], most: int | None, seed: int) -> list[Positions]:
+    """At most so many of the positions of all sequences together, drawn without replacement."""
+    total = sum(map(len, positions))
+    if most is None or total <= most:
+        return list(positions)
+    kept = np.zeros(total, dtype=bool)
+    kept[np.random.default_rng([seed, total]).choice(total, most, replace=False)] = True
+    ends = np.cumsum([len(at) for at in positions])
+    return [at[mask] for at, mask in zip(positions, np.split(kept, ends[:-1]), strict=True)]
+
+
+T = TypeVar("T")
+
+
+def _pack(items: Sequence[T], cost: Callable[[T], float], most: float) -> Iterator[list[T]]:
+    """Neighbours together up to a cost of ``most``, less where that leaves few groups; what costs more is alone."""
+    most = min(most, sum(map(cost, items)) / FEWEST_TASKS)
+    group: list[T] = []
+    held = 0.0
+    for item in items:
+        if group and held + cost(item) > most:
+            yield group
+            group, held = [], 0.0
+        group.append(item)
+        held += cost(item)
+    if group:
+        yield group
