@@ -47,9 +47,11 @@ def resolve_device(device: str) -> torch.device:
 def load_tokenizer(path: str, **options: Any) -> Any:
     """The checkpoint's tokenizer, or None where it has none."""
     try:
-        return AutoTokenizer.from_pretrained(path, **options)
+        tokenizer = AutoTokenizer.from_pretrained(path, **options)
     except (OSError, ValueError, KeyError, TypeError):
         return None
+    # Where there is none the library may make one up that knows its special tokens and nothing else.
+    return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
 def first_sentence(error: BaseException) -> str:

@@ -168,7 +168,7 @@ def _check_keep(keep: int, limit: RouterLimits) -> None:
 def _write(
     model: Any, source: str, revision: str | None, kept: Mapping[int, tuple[int, ...]], out: Path, criterion: str
 ) -> PrunedCheckpoint:
-    tokenizer = _tokenizer(source, revision)
+    tokenizer = load_tokenizer(resolve_source(source), revision=revision)
     bytes_before = _bytes(model)
     changes = _slice(model, kept)
     notes = () if tokenizer is not None else ("the source has no tokenizer that could be read; none was written",)
@@ -190,13 +190,6 @@ def _write(
         (folder / "README.md").write_text(_readme(report, source, revision, criterion), encoding="utf-8")
         folder.rename(out)
     return report
-
-
-def _tokenizer(source: str, revision: str | None) -> Any:
-    tokenizer = load_tokenizer(resolve_source(source), revision=revision)
-    # Where a checkpoint has no tokenizer the library may make one up that knows its special tokens and nothing else.
-    made_up = tokenizer is not None and len(tokenizer) <= len(tokenizer.all_special_tokens)
-    return None if made_up else tokenizer
 
 
 def _bytes(model: nn.Module) -> int:

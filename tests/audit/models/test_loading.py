@@ -12,7 +12,7 @@ from families import RECURRENT, SWEEP, build, config_of, ready, texts
 import audit
 from audit.models import ModelError, describe, prepare
 from audit.models.loading import load_model
-from audit.models.sources import resolve_device, resolve_source
+from audit.models.sources import load_tokenizer, resolve_device, resolve_source
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,13 @@ def test_a_saved_checkpoint_loads_and_gives_the_same_effects(folder: Path, dtype
         assert found["kl"].to_numpy() == pytest.approx(want["kl"].to_numpy(), rel=1e-5, abs=1e-9)
     with pytest.raises(ValueError, match="text: this model has no tokenizer; give token ids"):
         audit.measure(model, "words")
+
+
+@pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])
+def test_a_tokenizer_that_the_library_makes_up_is_none(family: str, tmp_path: Path) -> None:
+    build(family, 0, torch.float32).save_pretrained(tmp_path)
+    assert load_tokenizer(str(tmp_path)) is None
+    assert load_tokenizer(resolve_source("demo")) is not None
 
 
 def test_what_was_found(folder: Path) -> None:
