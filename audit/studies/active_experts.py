@@ -47,10 +47,15 @@ class ActiveExperts:
         return np.where(self.expert_NK >= 0, value_E[self.expert_NK], np.nan)
 
     def defined_N(self, outcome: str) -> NDArray[np.bool_]:
-        """Tokens at which the outcome exists: a loss needs a next token."""
+        """Tokens at which the outcome exists: a loss needs a next token.
+
+        Where kl has no value either, which needs none, something went wrong that must not pass for a missing token.
+        """
         if outcome not in NEED_NEXT_TOKEN:
             return np.ones(len(self), dtype=bool)
-        return ~np.isnan(self.outcomes[outcome]).all(axis=1, keepdims=True)[:, 0]
+        found_NK, kl_NK = ~np.isnan(self.outcomes[outcome]), ~np.isnan(self.outcomes["kl"])
+        defined_N: NDArray[np.bool_] = np.logical_or(found_NK.any(axis=1), ~kl_NK.any(axis=1))
+        return defined_N
 
 
 def active_experts(rows: pd.DataFrame) -> ActiveExperts:
@@ -62,7 +67,8 @@ def active_experts(rows: pd.DataFrame) -> ActiveExperts:
     rows = rows.assign(top1_flip=rows["top1_flip"].astype(float), abs_delta_loss=rows["delta_loss"].abs())
     rows = rows.assign(abs_attribution=rows["attribution"].abs(), logit_drop=-rows["delta_logit"])
     if rows["draw"].notna().any():
-        rows = rows.groupby([*keys, "document"], as_index=False, sort=False).mean(numeric_only=True)
+        # A draw without a value leaves the expert without one: it must not drop out of the mean unseen.
+        rows = rows.groupby([*keys, "document"], as_index=False, sort=False).mean(numeric_only=True, skipna=False)
     rows = rows.sort_values(keys, kind="stable", ignore_index=True)
     first = ~rows.duplicated(["sequence", "position"]).to_numpy()
     token = np.cumsum(first) - 1

@@ -43,8 +43,10 @@ def ends(score_NK: Floats) -> Ends:
     return Ends(scored_NK & (score_NK == top_N1), scored_NK & (score_NK == bottom_N1), (top_N1 > bottom_N1)[:, 0])
 
 
-def standardized(difference_NO: Floats, paired_N: Flags) -> tuple[Floats, NDArray[np.int64]]:
+def standardized(high_NO: Floats, low_NO: Floats, paired_N: Flags) -> tuple[Floats, NDArray[np.int64]]:
     """Cohen's d_z [O] of the finite differences at paired tokens, nan where they do not vary, and how many [O]."""
+    with np.errstate(invalid="ignore", over="ignore"):
+        difference_NO = high_NO - low_NO
     used_NO = np.isfinite(difference_NO) & paired_N[:, None]
     count_O = used_NO.sum(0)
     value_NO = np.where(used_NO, difference_NO, 0.0)
@@ -81,7 +83,8 @@ def _mean_over(end_NK: Flags, effect_NKO: Floats) -> Floats:
     tied = np.flatnonzero(end_NK.sum(1) > 1)
     if len(tied):
         weight_NK1 = end_NK[tied, :, None]
-        mean_NO[tied] = np.where(weight_NK1, effect_NKO[tied], 0.0).sum(1) / weight_NK1.sum(1)
+        with np.errstate(invalid="ignore", over="ignore"):  # of effects that are not finite
+            mean_NO[tied] = np.where(weight_NK1, effect_NKO[tied], 0.0).sum(1) / weight_NK1.sum(1)
     return mean_NO
 
 

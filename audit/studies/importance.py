@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
@@ -21,15 +21,16 @@ import pandas as pd
 from numpy.typing import NDArray
 
 from audit.statistics.bootstrap import mean_interval
+from audit.statistics.cell import no_spread
 from audit.statistics.cells import Pairs, Settings, cell_row
 from audit.statistics.pooled import LayerPairs
 from audit.statistics.ranks import kendall_rows, spearman_rows, top1_hits
 from audit.studies.active_experts import OUTCOMES, PREDICTORS, ActiveExperts
 from audit.studies.ends import Floats, ends, standardized
+from audit.studies.identity import identity_cells, noise_quantiles
 from audit.studies.null import Null, NullRankings
-from audit.studies.summary import NOISE_QUANTILE
 
-RANDOM_TOKEN, RANDOM_RANKING, IDENTITY = "random_token", "random_ranking", "identity"
+RANDOM_TOKEN, RANDOM_RANKING = "random_token", "random_ranking"
 
 # What a first-order estimate of the loss can speak about, and for contribution_norm all but what it is itself:
 # under zero the stream moves by exactly the contribution.
@@ -92,8 +93,13 @@ def study_layer(
     """Every cell of one layer, intervention and scope.
 
     ``metrics``: the rows of ``results/metrics.parquet`` over all domains; ``noise``: |outcome| and ``delta_loss`` of
-    the layer's identity rows, with their document.
+    the layer's identity rows, with their document. Raises ValueError where there is nothing to study: no effects, or a
+    metric named in the question that has no values at this layer.
     """
+    if not len(active):
+        raise ValueError(
+            f"active: layer {cell.layer} has no effects of single experts; measure at least one token there"
+        )
     effect_NKO = np.stack([active.outcomes[name] for name in question.outcomes], axis=-1)
     null = NullRankings(active, effect_NKO, question.random_rankings, partial(_generator, question, cell))
     floors = noise_quantiles(noise, question.outcomes)
@@ -107,7 +113,7 @@ def study_layer(
         found = ends(candidate.score_NK)
         high_NO, low_NO = found.effects(effect_NKO)
         high_expert_N, low_expert_N = found.experts(active.expert_NK)
-        d_O, _ = standardized(high_NO - low_NO, found.paired_N)
+        d_O, _ = standardized(high_NO, low_NO, found.paired_N)
         value_E = candidate.value_E
         unknowing = null.within_tokens(candidate.score_NK) if value_E is None else null.over_experts(value_E)
         for o, outcome in enumerate(question.outcomes):
@@ -132,9 +138,10 @@ def study_layer(
                 key,
                 question.settings,
                 ties=int((defined_N & ~found.paired_N & found.high_NK.any(1)).sum()),
-                p_permutation=unknowing.p(d_O[o], o),
+                p_permutation=None if no_spread(pairs.finite()) else unknowing.p(d_O[o], o),
                 noise_floor=floors[outcome],
             )
+            row["notes"] = "; ".join(filter(None, [row["notes"], _unranked(active, candidate.score_NK, defined_N)]))
             cells.append(row)
             correlations.append(key | _correlation(active, candidate.score_NK, outcome, question.settings))
             lines.append((key, LayerPairs(token_N=token_N[used], pairs=pairs)))
@@ -142,7 +149,7 @@ def study_layer(
                 controls.append(key | _rejection(unknowing, o))
             if question.contrasts:
                 contrasts.append(_contrasts(active, key, used, pairs))
-    cells += _identity_cells(noise, floors, cell, question)
+    cells += identity_cells(noise, floors, asdict(cell), question.settings)
     return LayerStudy(
         cell=cell,
         cells=cells,
@@ -153,25 +160,20 @@ def study_layer(
     )
 
 
-def noise_quantiles(noise: pd.DataFrame, outcomes: Sequence[str]) -> dict[str, float | None]:
-    """The 99.9 % quantile of |outcome| over identity rows; None for an outcome that has none, such as gap_norm."""
-    found: dict[str, float | None] = {}
-    for name in outcomes:
-        values = _identity_values(noise, name)
-        values = values[np.isfinite(values)]
-        found[name] = float(np.quantile(values, NOISE_QUANTILE)) if len(values) else None
-    return found
-
-
 # ---- what ranks experts ----------------------------------------------------------------------------------------------
 
 
 def _candidates(active: ActiveExperts, metrics: pd.DataFrame, cell: Cell, question: Question) -> Iterator[_Candidate]:
-    experts = max(int(metrics["expert"].max()), int(active.expert_NK.max(initial=0))) + 1
+    experts = int(max(metrics["expert"].max(), active.expert_NK.max()) if len(metrics) else active.expert_NK.max()) + 1
     here = metrics[metrics["layer"] == cell.layer]
     names = list(dict.fromkeys(here["metric"])) if question.metrics is None else question.metrics
     for name in names:
         rows = here[here["metric"] == name]
+        if not len(rows):
+            raise ValueError(
+                f"question.metrics: {name!r} has no values at layer {cell.layer}; "
+                f"known there are {', '.join(sorted(set(here['metric']))) or 'none'}"
+            )
         value_E = np.full(experts, np.nan)
         value_E[rows["expert"].to_numpy(np.int64)] = rows["value"].to_numpy(np.float64)
         orientation = int(rows["orientation"].iloc[0])
@@ -203,38 +205,13 @@ def _candidates(active: ActiveExperts, metrics: pd.DataFrame, cell: Cell, questi
 # ---- what a cell is made of ------------------------------------------------------------------------------------------
 
 
-def _identity_values(noise: pd.DataFrame, outcome: str) -> Floats:
-    """|outcome| of the identity rows; every one without a value nan."""
-    if outcome == "gap_norm":  # of an identity: 0 by construction, which says nothing about rounding
-        return np.full(len(noise), np.nan)
-    column = {"abs_delta_loss": "delta_loss", "logit_drop": "delta_logit"}.get(outcome, outcome)
-    return np.abs(noise[column].astype(float).to_numpy(np.float64))
-
-
-def _identity_cells(
-    noise: pd.DataFrame, floors: Mapping[str, float | None], cell: Cell, question: Question
-) -> list[dict[str, Any]]:
-    """The identity intervention in the same table: |effect| against none."""
-    rows = []
-    for outcome in question.outcomes:
-        values = _identity_values(noise, outcome)
-        known = ~np.isnan(values)
-        if not known.any():
-            continue
-        nobody = np.full(int(known.sum()), -1, dtype=np.int64)
-        pairs = Pairs(
-            high_N=values[known],
-            low_N=np.zeros(len(nobody)),
-            document_N=noise["document"].to_numpy(np.int64)[known],
-            expert_high_N=nobody,
-            expert_low_N=nobody,
-        )
-        key = {
-            "model": cell.model, "layer": cell.layer, "metric": IDENTITY, "outcome": outcome,
-            "intervention": cell.intervention, "scope": cell.scope, "label": IDENTITY, "orientation": 0,
-        }  # fmt: skip
-        rows.append(cell_row(pairs, key, question.settings, noise_floor=floors[outcome]))
-    return rows
+def _unranked(active: ActiveExperts, score_NK: Floats, defined_N: NDArray[np.bool_]) -> str:
+    """What a cell must say of experts that could not be ranked; empty where all were."""
+    lacking_NK = np.isnan(score_NK) & (active.expert_NK >= 0) & defined_N[:, None]
+    tokens, unscored = int(lacking_NK.any(1).sum()), int((defined_N & np.isnan(score_NK).all(1)).sum())
+    if not tokens:
+        return ""
+    return f"at {tokens} tokens an active expert has no score and was not ranked; at {unscored} of them none has one"
 
 
 def _correlation(active: ActiveExperts, score_NK: Floats, outcome: str, settings: Settings) -> dict[str, Any]:
@@ -253,22 +230,22 @@ def _correlation(active: ActiveExperts, score_NK: Floats, outcome: str, settings
             value_N[known], document_N[known], level=0.95, draws=settings.bootstrap_draws, seed=settings.seed
         )
         found |= {
-            name: float(value_N[known].mean()) if known.any() else None,
+            name: float(value_N[known].mean()) if known.any() else np.nan,
             f"{name}_low": interval.low,
             f"{name}_high": interval.high,
             f"{name}_constant": int((~known).sum()),
         }
         reasons.append(interval.reason)
     hit_N, chance_N = top1_hits(score_NK, effect_NK)
-    found["top1_hit_rate"] = float(hit_N.mean()) if len(whole) else None
-    found["top1_chance"] = float(chance_N.mean()) if len(whole) else None
+    found["top1_hit_rate"] = float(hit_N.mean()) if len(whole) else np.nan
+    found["top1_chance"] = float(chance_N.mean()) if len(whole) else np.nan
     found["reason"] = "; ".join(dict.fromkeys(filter(None, reasons)))
     return found
 
 
 def _rejection(null: Null, outcome: int) -> dict[str, Any]:
     found = null.rejection_rate(outcome)
-    share, error, rankings = (None, None, 0) if found is None else found
+    share, error, rankings = (np.nan, np.nan, 0) if found is None else found
     return {"rankings": rankings, "rejection_rate": share, "monte_carlo_error": error}
 
 

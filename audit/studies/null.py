@@ -60,7 +60,9 @@ class NullRankings:
     def over_experts(self, value_E: Floats) -> Null:
         """Of a metric: its values permuted over the experts that have one."""
         rank_E = rankdata(value_E, nan_policy="omit")
-        key = (b"experts", np.isnan(rank_E).tobytes(), np.sort(rank_E).tobytes())
+        known_E = ~np.isnan(rank_E)
+        rank_E[known_E] = np.sort(rank_E[known_E])  # so that it does not matter which candidate comes first
+        key = (b"experts", rank_E.tobytes())
         if key not in self._found:
             rankings = shuffled_rankings(rank_E, self._rankings, self._generator("over experts"))
             self._found[key] = self._reached(self._active.scores(rank) for rank in rankings)
@@ -70,7 +72,9 @@ class NullRankings:
         """Of a token-level predictor: its scores permuted over the active experts of every token."""
         ordered_NK = np.sort(score_NK, axis=1)
         tied = bool((ordered_NK[:, 1:] == ordered_NK[:, :-1]).any())
-        key = (b"tokens", np.isnan(score_NK).tobytes(), score_NK.tobytes() if tied else b"")
+        if not tied:  # all scores without ties are permuted alike: it does not matter which candidate comes first
+            score_NK = np.where(np.isnan(score_NK), np.nan, np.arange(score_NK.shape[1]))
+        key = (b"tokens", score_NK.tobytes())
         if key not in self._found:
             self._found[key] = self._reached(
                 shuffled_within_tokens(score_NK, self._rankings, self._generator("within tokens"))
@@ -83,7 +87,7 @@ class NullRankings:
         for score_NK in scores:
             found = ends(score_NK)
             high_NO, low_NO = found.effects(self._effect_NKO)
-            d_O, pairs_O = standardized(high_NO - low_NO, found.paired_N)
+            d_O, pairs_O = standardized(high_NO, low_NO, found.paired_N)
             d.append(d_O)
             pairs.append(pairs_O)
         return Null(np.array(d), np.array(pairs))

@@ -27,8 +27,10 @@ def oriented(table: pd.DataFrame) -> dict[str, dict[int, NDArray[np.float64]]]:
     A metric that claims neither orientation keeps its values.
     """
     found: dict[str, dict[int, NDArray[np.float64]]] = {}
-    for (metric, layer), rows in table[table["domain"].isna()].groupby(["metric", "layer"], sort=True):
+    overall = table[table["domain"].isna()]
+    for _, rows in overall.groupby(["metric", "layer"], sort=True):
         ordered = rows.sort_values("expert")
+        metric, layer = str(rows["metric"].iloc[0]), int(rows["layer"].iloc[0])
         sign = np.where(ordered["orientation"].to_numpy() < 0, -1.0, 1.0)
-        found.setdefault(str(metric), {})[int(layer)] = sign * ordered["value"].to_numpy(np.float64)
+        found.setdefault(metric, {})[layer] = sign * ordered["value"].to_numpy(np.float64)
     return found
