@@ -9,6 +9,7 @@ import pyarrow as pa
 
 OUTCOMES = ("delta_loss", "kl", "js", "tv", "top1_flip", "delta_logit", "gap_norm")
 REDISTRIBUTION = ("remainder_norm", "gap_cosine", "remainder_norm_shared", "gap_cosine_shared")
+REPEATED = ("delta_loss", "kl", "js", "tv", "delta_logit")  # outcomes of a repeat, in columns repeat_<outcome>
 UNITS = ("expert", "shared", "set", "identity")
 
 _WORD = pa.dictionary(pa.int8(), pa.string())
@@ -60,5 +61,7 @@ EFFECTS = pa.schema(
         ("tv", pa.float32()),  # in [0, 1]
         ("top1_flip", pa.bool_()),
         ("delta_logit", pa.float32()),  # of the true next token; null where there is none
+        ("repeated", pa.bool_()),  # chosen to be computed a second time under another rounding, with these outcomes:
+        *((f"repeat_{name}", pa.float32()) for name in REPEATED),  # null too where routed otherwise by that rounding
     ]
 )

@@ -5,7 +5,8 @@
 
 Everything is measured in one process and one run, because machines are noisy. All layers, all active experts and all
 positions are audited and every outcome is computed, identity controls included. Useful operations are counted by
-``useful_flops`` below; work the sweep does twice (a layer entered again at a birth) is not useful.
+``useful_flops`` below; work the sweep does twice (a layer entered again at a birth, repeats under another rounding) is
+not useful.
 """
 
 from __future__ import annotations

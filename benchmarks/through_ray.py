@@ -4,7 +4,7 @@
 
 One after another in one run: by one process with two threads, by two bare one-thread processes, and by two one-thread
 replicas through Ray (driver, object store, commits to Parquet and all). Ray does every task; the bare processes do
-every eighth, spread over the whole, after one task to warm up, before and after Ray. A task of short sentences takes
+every sixteenth, spread over the whole, after one task to warm up, before and after Ray. A task of short sentences takes
 longer per effect than one of long ones, so what is compared is predicted work per second, shown as effects at the
 audit's mean work per effect. Ray's rate is the slope of finished work over time without its first 30 seconds and its
 last tasks: the steady part. Start-up is reported apart. The model is the OLMoE-shaped benchmark model, the text the
@@ -140,13 +140,16 @@ def main() -> None:
     resolved = dict(job.identity["resolved"])
     tasks = measuring(job)
     per_effect = sum(task.flops for task in tasks) / sum(task.rows for task in tasks)
-    single = bare_rate(two, resolved, [slice(0, None, 8)]) / per_effect
-    both = [slice(0, None, 8), slice(4, None, 8)]
+    alone, both = [slice(0, None, 16)], [slice(0, None, 16), slice(8, None, 16)]
+    single = bare_rate(two, resolved, alone) / per_effect
+    print(f"one process, two threads: {single:,.0f} effects/s", flush=True)
     pair = bare_rate(one, resolved, both) / per_effect
+    print(f"two bare one-thread processes: {pair:,.0f} effects/s", flush=True)
     through = ray_rate(job)
     steady = through.rate / per_effect
+    print(f"two one-thread replicas through Ray: {steady:,.0f} effects/s", flush=True)
     again = bare_rate(one, resolved, both) / per_effect
-    single_again = bare_rate(two, resolved, [slice(4, None, 8)]) / per_effect
+    single_again = bare_rate(two, resolved, alone) / per_effect
     table = pd.DataFrame(
         [
             {"how": "one process, two threads, before", "effects/s": round(single)},

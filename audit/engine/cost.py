@@ -142,17 +142,19 @@ def cost_of(
     token and layer.
 
     ``attribution`` adds a clean pass, and per token one virtual token from the first layer up, forwards and backwards:
-    about three times its forward.
+    about three times its forward. Repeats add a clean pass, and as many worlds as identity controls, but no rows.
     """
+    repeats = any(i.target.selection != "shared" for i in interventions)
     rows, flops = 0.0, 0.0
     for length, audited in zip(lengths, positions, strict=True):
         per_token = [2.0 * active + 2.0 * length * sizes.hidden for active in sizes.active]
-        flops += length * sum(per_token)
+        flops += (1 + repeats) * length * sum(per_token)
         for layer in layers:
-            born = audited * (worlds + 1.0 / identity_every)
-            rows += born
+            rows += audited * (worlds + 1.0 / identity_every)
+            born = audited * (worlds + (1 + repeats) / identity_every)
             # In sequence scope a world is the whole sequence again, whatever is read of it.
-            carried = born if scope == "token" else _sequence_worlds(sizes, length, worlds, interventions) * length
+            whole = _sequence_worlds(sizes, length, worlds, interventions) + repeats
+            carried = born if scope == "token" else whole * length
             flops += carried * sum(per_token[layer:]) + born * 2.0 * sizes.hidden * sizes.vocabulary
         if attribution and layers:
             row = sum(per_token[min(layers) :]) + 2.0 * sizes.hidden * sizes.vocabulary

@@ -31,7 +31,9 @@ from audit.engine.cost import (
 )
 from audit.engine.observe import observe
 from audit.engine.oracle import oracle
+from audit.engine.repeats import choose, paired, request_again
 from audit.engine.result import Request, Result, ranking_values
+from audit.engine.rounding import other_rounding
 from audit.engine.suffix import suffix
 from audit.engine.sweep import sweep, worlds_per_row
 from audit.engine.tables import effect_table, token_table
@@ -249,13 +251,14 @@ class Engine:
     ) -> tuple[float, float, float]:
         """Bytes left beside a micro-batch, bytes per clean token, bytes per audited position."""
         sizes = self.sizes
-        worlds = sum(worlds_per_row(i, sizes.top_k) for i in interventions) + 1.0 / self.identity_every
+        worlds = sum(worlds_per_row(i, sizes.top_k) for i in interventions) + 2.0 / self.identity_every
         # In sequence scope worlds come and go; all clean layers stay until the sequence is done.
         held = len(layers) if scope == "token" else 4
         kept = 1 if scope == "token" else len(self.model.layers)
         left = self._working - micro_batch * sizes.row_bytes(length)
         clean = sizes.clean_bytes() * kept
-        audited = sizes.audited_bytes() + sizes.virtual_bytes() * worlds * held
+        # Repeats come when the sweep is done, but its outcomes and baseline are still held.
+        audited = (1.0 + 1.0 / self.identity_every) * sizes.audited_bytes() + sizes.virtual_bytes() * worlds * held
         if attribution:  # gradients come before the sweep and take its place; what stays of them is one row per layer
             left -= sizes.gradient_row_bytes(length, min(layers))
             clean += sizes.gradient_bytes(min(layers))
@@ -265,6 +268,15 @@ class Engine:
     # ---- one sweep --------------------------------------------------------------------------------------------------
 
     def _run(self, request: Request, micro_batch: int) -> Result:
+        """The effects asked for, then some of them again under another rounding."""
+        result = self._compute(request, micro_batch)
+        chosen = choose(result, request)
+        if chosen:
+            with other_rounding(self.model, request.seed):
+                result.repeats = paired(chosen, self._compute(request_again(request, chosen), micro_batch))
+        return result
+
+    def _compute(self, request: Request, micro_batch: int) -> Result:
         gradients = self._gradients(request, micro_batch) if request.attribution else None
         with self.model.kernels():
             if self.method == "oracle":

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from audit.engine.attribution import LossGradients, acts_on_one_expert
 from audit.engine.readout import next_tokens
 from audit.engine.result import Effects, Redistribution, Request, Result, redistributes
-from audit.engine.worlds import IDENTITY, Case, Routed, Worlds, identity_worlds, sequence_cases, worlds_of
+from audit.engine.worlds import Case, Routed, Worlds, identity_worlds, sequence_cases, worlds_of
 from audit.interventions import Intervention
 from audit.models.experts import ModuleExperts
 from audit.models.moe_model import MoEModel
@@ -52,7 +52,7 @@ class _Oracle:
         skipped = 0
         for layer in sorted(request.layers):
             routed = self._routed(layer)
-            for intervention, identity in [*((i, False) for i in request.interventions), (IDENTITY, True)]:
+            for intervention, identity in request.asked:
                 cases, without = self._cases(layer, intervention, identity, routed)
                 skipped += without
                 for number, case in cases:
@@ -96,7 +96,9 @@ class _Oracle:
                     missing,
                     criteria,
                 )
-                cases.extend((number, case) for case in whole)
+                read = [case.done[case.read_N] for case in whole]
+                wanted = [request.wanted(layer, worlds, routed.index_TK[worlds.parent_P]).any() for worlds in read]
+                cases.extend((number, case) for case, one in zip(whole, wanted, strict=True) if one)
                 skipped += without
                 continue
             worlds = (
@@ -104,9 +106,10 @@ class _Oracle:
                 if identity
                 else worlds_of(intervention, inside, routed.index_TK, routed.weights_TK, missing, criteria)
             )
+            skipped += worlds.skipped
+            worlds = worlds[request.wanted(layer, worlds, routed.index_TK[worlds.parent_P])]
             first = torch.zeros(1, dtype=torch.long, device=rows_M.device)
             cases.extend((number, Case(worlds[i : i + 1], first)) for i in range(len(worlds)))
-            skipped += worlds.skipped
         return cases, skipped
 
     def _measure(

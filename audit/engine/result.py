@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -14,10 +15,29 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from audit.calibration import Calibration
-from audit.engine.worlds import Criteria, Routed, Worlds
+from audit.engine.worlds import IDENTITY, Criteria, Routed, Worlds
 from audit.interventions import NEEDS_CALIBRATION, Intervention, Scope
 from audit.models.discovery import Site
 from audit.outcomes import Baseline, Outcomes
+
+
+class Key(NamedTuple):
+    """What tells the effects of one intervention at one layer apart."""
+
+    row: int  # clean row
+    expert: int  # -1 where the target is not one expert
+    draw: int
+    experts: tuple[int, ...]  # acted upon here: [K] ids ascending, after -1 for every slot that is not
+
+
+def keys_of(worlds: Worlds, experts_PK: Tensor, start: int = 0) -> list[Key]:
+    """The keys of worlds whose active experts are ``experts_PK``; clean rows are counted from ``start``."""
+    acted_PK = torch.where(worlds.members_PK, experts_PK, -1).sort(1).values
+    columns = ((worlds.parent_P + start).tolist(), worlds.expert_P.tolist(), worlds.draw_P.tolist())
+    return [
+        Key(row, expert, draw, tuple(acted))
+        for row, expert, draw, acted in zip(*columns, acted_PK.tolist(), strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -37,6 +57,20 @@ class Request:
     rankings: Mapping[str, Mapping[int, Tensor]]  # metric: layer: oriented values [E] for ranked targets
     attribution: bool  # whether single experts get a first-order estimate
     redistribution: bool  # whether zero is to say what remains beside what went
+    only: Mapping[int, frozenset[Key]] | None = None  # the effects wanted at each layer; None: all, and controls
+
+    @property
+    def asked(self) -> list[tuple[Intervention, bool]]:
+        """What is done, in this order, and whether it is the identity control."""
+        controls = [] if self.only is not None else [(IDENTITY, True)]
+        return [*((i, False) for i in self.interventions), *controls]
+
+    def wanted(self, layer: int, worlds: Worlds, experts_PK: Tensor, start: int = 0) -> Tensor:
+        """Which [P] of ``worlds`` are among those wanted; arguments as of :func:`keys_of`."""
+        if self.only is None:
+            return torch.ones_like(worlds.parent_P, dtype=torch.bool)
+        found = [key in self.only[layer] for key in keys_of(worlds, experts_PK, start)]
+        return torch.tensor(found, dtype=torch.bool, device=worlds.parent_P.device)
 
     def criteria(self, layer: int, token_T: tuple[Tensor, Tensor]) -> Criteria:
         """What sets of experts are chosen by at the layer, for the clean rows that ``token_T`` identifies."""
@@ -146,6 +180,19 @@ def redistributes(request: Request, worlds: Worlds) -> bool:
     return request.redistribution and intervention.kind == "zero" and intervention.target.selection != "shared"
 
 
+@dataclass(frozen=True, slots=True)
+class Repeats:
+    """Effects computed a second time under another rounding (``audit.engine.repeats``).
+
+    Numbers are places among the outcomes of the :class:`Result`. A chosen effect is not found where the other rounding
+    routes the token to other experts: there is then no such effect.
+    """
+
+    chosen: Sequence[int]
+    found: Sequence[int]
+    outcomes: Outcomes  # of those found, in their order
+
+
 @dataclass(slots=True)
 class Result:
     """Effects in order; row i of ``outcomes`` belongs to effect i counted through all of ``effects``."""
@@ -155,3 +202,4 @@ class Result:
     outcomes: Outcomes
     changed_P: Tensor  # bool: an identity world that was routed to other experts somewhere above
     skipped: int = 0  # targets with nothing to act upon
+    repeats: Repeats | None = None  # None where no routed expert was acted upon at a control

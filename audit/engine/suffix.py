@@ -18,7 +18,7 @@ from audit.engine.birth import CleanLayer, bear, run_clean
 from audit.engine.readout import Readout, next_tokens
 from audit.engine.result import Effects, Request, Result, redistributes
 from audit.engine.sweep import differently_routed
-from audit.engine.worlds import IDENTITY, Case, joined, sequence_cases
+from audit.engine.worlds import Case, Routed, Worlds, joined, sequence_cases
 from audit.interventions import Intervention
 from audit.models.moe_model import MoEModel
 from audit.models.rows import Rows
@@ -40,7 +40,7 @@ def suffix(model: MoEModel, request: Request, micro_batch: int) -> Result:
             controls = request.rows_M[:: request.identity_every]
             controls = controls[(controls >= start) & (controls < end)] - start
             result = _OneSequence(
-                model, request, sequence, request.rows_M[inside] - start, controls, tokens, micro_batch
+                model, request, sequence, start, request.rows_M[inside] - start, controls, tokens, micro_batch
             ).run()
             for effect in result.effects:
                 effect.worlds.parent_P += start
@@ -55,13 +55,14 @@ class _OneSequence:
         model: MoEModel,
         request: Request,
         sequence: Tensor,
+        start: int,
         rows_M: Tensor,
         controls: Tensor,
         token_T: tuple[Tensor, Tensor],
         micro_batch: int,
     ) -> None:
         self.model, self.request, self.sequence, self.token_T = model, request, sequence, token_T
-        self.rows_M, self.controls = rows_M, controls
+        self.start, self.rows_M, self.controls = start, rows_M, controls
         self.side_by_side = max(1, micro_batch // len(sequence))
 
     def run(self) -> Result:
@@ -79,7 +80,7 @@ class _OneSequence:
         changed: list[Tensor] = []
         skipped = 0
         for layer in sorted(request.layers):
-            for intervention, identity in [*((i, False) for i in request.interventions), (IDENTITY, True)]:
+            for intervention, identity in request.asked:
                 cases, without = self._cases(layer, intervention, identity)
                 skipped += without
                 for effect, found, routed_otherwise in self._measure(layer, cases, readout):
@@ -99,7 +100,7 @@ class _OneSequence:
         routed = self.clean[layer].routed
         assert routed is not None
         rows_M = self.controls if identity else self.rows_M
-        return sequence_cases(
+        cases, skipped = sequence_cases(
             intervention,
             identity,
             (0, len(self.sequence)),
@@ -110,6 +111,10 @@ class _OneSequence:
             self.request.missing(intervention, layer),
             self.request.criteria(layer, self.token_T),
         )
+        return [case for case in cases if self._wanted(layer, case.done[case.read_N], routed)], skipped
+
+    def _wanted(self, layer: int, read: Worlds, routed: Routed) -> bool:
+        return bool(self.request.wanted(layer, read, routed.index_TK[read.parent_P], self.start).any())
 
     def _measure(self, layer: int, cases: list[Case], readout: Readout) -> list[tuple[Effects, Outcomes, Tensor]]:
         found: list[tuple[Effects, Outcomes, Tensor]] = []

@@ -87,6 +87,8 @@ def _worlds(request: Request, layer: int, routed: Routed) -> list[Worlds]:
         worlds_of(i, request.rows_M, routed.index_TK, routed.weights_TK, request.missing(i, layer), criteria)
         for i in request.interventions
     ]
+    if request.only is not None:
+        return [worlds[request.wanted(layer, worlds, routed.index_TK[worlds.parent_P])] for worlds in asked]
     return [*asked, identity_worlds(request.rows_M, routed.index_TK.shape[1], request.identity_every)]
 
 
@@ -96,6 +98,8 @@ def worlds_per_row(intervention: Intervention, top_k: int) -> int:
 
 
 def _room(model: MoEModel, request: Request) -> int:
+    if request.only is not None:
+        return sum(len(keys) for keys in request.only.values())
     M = len(request.rows_M)
     controls = -(-M // request.identity_every)
     return sum(

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from audit.corpus import TokenSequence
-from audit.effects import EFFECTS, REDISTRIBUTION, TOKENS
+from audit.effects import EFFECTS, REDISTRIBUTION, REPEATED, TOKENS
 from audit.engine.result import Effects, Request, Result
 
 
@@ -24,6 +24,7 @@ def effect_table(result: Result, request: Request, sequences: Sequence[TokenSequ
         name: _numpy(getattr(result.outcomes, name))
         for name in ("delta_loss", "kl", "js", "tv", "top1_flip", "delta_logit")
     }
+    repeated, repeats = _repeats(result)
     parts: list[pa.Table] = []
     first = 0
     for effect in result.effects:
@@ -35,6 +36,8 @@ def effect_table(result: Result, request: Request, sequences: Sequence[TokenSequ
             "position": pa.array(position_T[parent].astype(np.int32)),
             **_what_was_done(effect, request.scope),
             **{name: _column(values[rows], EFFECTS.field(name).type) for name, values in outcomes.items()},
+            "repeated": pa.array(repeated[rows]),
+            **{name: _column(values[rows], pa.float32()) for name, values in repeats.items()},
         }
         parts.append(pa.table([columns[field.name] for field in EFFECTS], schema=EFFECTS))
         first = rows.stop
@@ -64,6 +67,18 @@ def token_table(result: Result, request: Request, sequences: Sequence[TokenSeque
     arrays["target_id"] = pa.array(target.astype(np.int32), mask=target < 0)
     arrays["baseline_loss"] = _column(_numpy(result.baseline.loss_M), pa.float32())
     return pa.table([arrays[field.name] for field in TOKENS], schema=TOKENS)
+
+
+def _repeats(result: Result) -> tuple[NDArray[np.bool_], dict[str, NDArray[np.float32]]]:
+    """Which rows were chosen to be repeated, and the outcomes of the repeats in the rows of their effects."""
+    size, repeats = len(result.outcomes.kl), result.repeats
+    chosen = np.zeros(size, dtype=np.bool_)
+    columns = {f"repeat_{name}": np.full(size, np.nan, dtype=np.float32) for name in REPEATED}
+    if repeats is not None:
+        chosen[repeats.chosen] = True
+        for name in REPEATED:
+            columns[f"repeat_{name}"][repeats.found] = _numpy(getattr(repeats.outcomes, name))
+    return chosen, columns
 
 
 def _what_was_done(effect: Effects, scope: str) -> dict[str, pa.Array]:

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 CELL = ("layer", "unit", "intervention", "target", "parameter", "scope")
 AVERAGED = ("kl", "delta_loss", "abs_delta_loss", "js", "tv", "top1_flip", "gap_norm")
 COMPARED = ("kl", "delta_loss", "js", "tv")  # outcomes with a noise floor
+NOISY = (*COMPARED, *(f"repeat_{name}" for name in COMPARED))  # columns that a noise floor is made of
 NOISE_QUANTILE = 0.999
 
 _KEYS = (*CELL, "expert")
@@ -42,18 +43,40 @@ _PARTIAL = pa.schema(
 
 
 def noise_values(effects: pa.Table) -> pa.Table:
-    """|outcome| of the identity rows of a part of an effect table: layer, scope, the outcomes that have a floor."""
-    rows = effects.filter(pc.equal(pc.cast(effects["unit"], pa.string()), "identity"))
-    columns = {"layer": pc.cast(rows["layer"], pa.int64()), "scope": pc.cast(rows["scope"], pa.string())}
-    return pa.table(columns | {name: pc.abs(rows[name]) for name in COMPARED})
+    """What numerics do in a part of an effect table: |outcome| of the identity rows, and |outcome of the repeat -
+    outcome| of the repeated ones (``repeated`` true). Columns: layer, scope, repeated, the outcomes that have a floor.
+    """
+    identity = effects.filter(pc.equal(pc.cast(effects["unit"], pa.string()), "identity"))
+    repeated = effects.filter(effects["repeated"])
+    parts = [
+        (identity, {name: identity[name] for name in COMPARED}),
+        (repeated, {name: pc.subtract(_wide(repeated[f"repeat_{name}"]), _wide(repeated[name])) for name in COMPARED}),
+    ]
+    return pa.concat_tables(
+        pa.table(
+            {
+                "layer": pc.cast(rows["layer"], pa.int64()),
+                "scope": pc.cast(rows["scope"], pa.string()),
+                "repeated": pa.repeat(rows is repeated, rows.num_rows),
+            }
+            | {name: pc.abs(_wide(values)) for name, values in found.items()}
+        )
+        for rows, found in parts
+    )
+
+
+def _wide(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    return pc.cast(values, pa.float64())
 
 
 def noise_floor(values: Iterable[pa.Table], routing_changes: Iterable[Mapping[int, Sequence[int]]]) -> pa.Table:
-    """What numerics alone do: per layer, scope and outcome the 99.9 % quantile and the maximum over identity rows.
+    """What numerics alone do: per layer, scope and outcome the 99.9 % quantile and the maximum over identity rows, and
+    the same two of |outcome of a repeat - outcome of the effect it repeats|.
 
-    ``values``: :func:`noise_values` of every part, all held in memory (16 bytes per identity row and outcome at most).
+    ``values``: :func:`noise_values` of every part, all held in memory (16 bytes per such row and outcome at most).
     ``routing_changes``: per task {layer: (identity rows, those whose expert sets changed above)}; their share is
-    ``routing_changed`` (null where no such row was run).
+    ``routing_changed`` (null where no such row was run). ``repeats_rerouted`` counts the repeats without an outcome,
+    because the other rounding routed their token to other experts.
     """
     frame = pa.concat_tables(values).to_pandas()
     checked: dict[int, np.ndarray] = {}
@@ -63,8 +86,7 @@ def noise_floor(values: Iterable[pa.Table], routing_changes: Iterable[Mapping[in
     records: list[dict[str, Any]] = []
     for (layer, scope), rows in frame.groupby(["layer", "scope"], sort=True):
         for outcome in COMPARED:
-            found = rows[outcome].to_numpy(np.float64)
-            found = found[np.isfinite(found)]
+            found, repeats = (_finite(rows[outcome][rows["repeated"] == which]) for which in (False, True))
             seen, changed = checked.get(int(layer), (0, 0))
             records.append(
                 {
@@ -72,9 +94,11 @@ def noise_floor(values: Iterable[pa.Table], routing_changes: Iterable[Mapping[in
                     "scope": scope,
                     "outcome": outcome,
                     "rows": found.size,
-                    "quantile_999": float(np.quantile(found, NOISE_QUANTILE)) if found.size else None,
-                    "maximum": float(found.max()) if found.size else None,
+                    **_extremes(found, "quantile_999", "maximum"),
                     "routing_changed": float(changed / seen) if seen else None,
+                    "repeats": repeats.size,
+                    **_extremes(repeats, "repeat_quantile_999", "repeat_maximum"),
+                    "repeats_rerouted": int(rows["kl"][rows["repeated"]].isna().sum()),
                 }
             )
     return pa.Table.from_pylist(
@@ -88,9 +112,25 @@ def noise_floor(values: Iterable[pa.Table], routing_changes: Iterable[Mapping[in
                 ("quantile_999", pa.float64()),
                 ("maximum", pa.float64()),
                 ("routing_changed", pa.float64()),
+                ("repeats", pa.int64()),
+                ("repeat_quantile_999", pa.float64()),
+                ("repeat_maximum", pa.float64()),
+                ("repeats_rerouted", pa.int64()),
             ]
         ),
     )
+
+
+def _finite(values: pd.Series[float]) -> np.ndarray:
+    found = values.to_numpy(np.float64)
+    return found[np.isfinite(found)]
+
+
+def _extremes(values: np.ndarray, quantile: str, maximum: str) -> dict[str, float | None]:
+    """The noise quantile and the maximum, by the names given; None of nothing."""
+    if not values.size:
+        return {quantile: None, maximum: None}
+    return {quantile: float(np.quantile(values, NOISE_QUANTILE)), maximum: float(values.max())}
 
 
 def partial_sums(effects: pa.Table, floor: pa.Table) -> pa.Table:

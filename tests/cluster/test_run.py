@@ -95,7 +95,7 @@ def test_faults_lose_nothing_and_a_task_that_always_fails_is_quarantined(whole: 
             ("effects-0007", 1): "kill",
         }
     )
-    policy = Policy(commit_results=4, relaunch_seconds=0.0, hang_seconds=4.0)
+    policy = Policy(commit_results=4, relaunch_seconds=0.0, hang_seconds=10.0)
     folder, out = RunFolder(str(tmp_path)), io.StringIO()
     outcome = execute(make_job(calibration=2, plan=plan, policy=policy), folder, LineDisplay(out))
     assert outcome.exit_status == 1
@@ -104,7 +104,7 @@ def test_faults_lose_nothing_and_a_task_that_always_fails_is_quarantined(whole: 
     assert (record["task"], record["attempts"]) == ("effects-0004", 3)
     assert "effects-0004 was told to fail" in record["error"]
     assert out.getvalue().count("a replica was lost") == 3
-    assert "no answer within 4 seconds" in out.getvalue()
+    assert "no answer within 10 seconds" in out.getvalue()
     require_exact(folder, skip="effects-0004")
     # The cause is gone: the same command does what is missing.
     _, outcome = run(tmp_path, make_job(calibration=2))

@@ -1,4 +1,4 @@
-"""float32 and bfloat16: how far effects may be from those in float64, measured by the noise floor of the run itself."""
+"""float32 and bfloat16: how far effects may be from those in float64, measured by the repeats of the run itself."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import pytest
 import torch
 from families import SWEEP, build, texts
 
+from audit.effects import REPEATED
 from audit.engine import Engine
 from audit.engine.validate import validate
 from audit.engine.worlds import Routed, changed_output, worlds_of
@@ -45,9 +46,18 @@ def swept(model: MoEModel) -> tuple[pd.DataFrame, list[torch.Tensor]]:
     model.experts = {layer: Noting(path, calls) for layer, path in model.experts.items()}  # type: ignore[misc]
     # One micro-batch for all rows: the order of rows is then the same in every precision.
     engine = Engine(model, memory=2**62, micro_batch=100_000, identity_every=1)
+    ends: list[int] = []  # of the effects, then of their repeats
+    own = engine._compute
+
+    def compute(*args: Any) -> Any:
+        result = own(*args)
+        ends.append(len(calls))
+        return result
+
+    engine._compute = compute  # type: ignore[method-assign]
     layers = [min(model.sites), max(model.sites) - 1]
     found = engine.measure(SEQUENCES, POSITIONS, layers=layers, interventions=ASKED)
-    return found.effects.to_pandas(), calls
+    return found.effects.to_pandas(), calls[: ends[0]]
 
 
 def routed_otherwise(table: pd.DataFrame, exact: list[torch.Tensor], rounded: list[torch.Tensor]) -> np.ndarray:
@@ -64,30 +74,31 @@ def routed_otherwise(table: pd.DataFrame, exact: list[torch.Tensor], rounded: li
     return otherwise
 
 
+@pytest.mark.parametrize("seed", [2, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(3, 10))])
 @pytest.mark.parametrize("family", SWEEP)
-def test_float32_is_within_the_noise_floor_of_the_run(family: str) -> None:
-    exact, exact_sets = swept(validate(prepare(build(family, 2))))
+def test_float32_is_as_far_from_float64_as_the_repeats_of_the_run_say(family: str, seed: int) -> None:
+    exact, exact_sets = swept(validate(prepare(build(family, seed))))
     kernel = ("torch", "onednn")[list(SWEEP).index(family) % 2]
-    rounded, rounded_sets = swept(validate(prepare(build(family, 2, torch.float32), linear=kernel)))
+    rounded, rounded_sets = swept(validate(prepare(build(family, seed, torch.float32), linear=kernel)))
     key = ["sequence", "position", "layer", "unit", "intervention", "expert", "slot"]
     assert rounded[key].astype(str).equals(exact[key].astype(str))
     same = ~routed_otherwise(rounded, exact_sets, rounded_sets)
     assert same.mean() > 0.99  # a near-tie may fall the other way, rarely
-    control = (rounded["unit"] == "identity").to_numpy()
-    real = same & ~control
-    assert real.sum() > 100
-    # Noise of a logit: what an identity world's logits move by. That is the noise of another batch shape; a world that
-    # differs from the clean tokens also shares less of the rounding with them, hence the factor.
-    floor = float(rounded[control][["delta_loss", "delta_logit"]].abs().max().max())
-    assert floor < 2e-4
-    allowed = 100 * floor
-    for name in ("delta_loss", "delta_logit", "tv"):
-        distance = (rounded[name] - exact[name]).abs()[real].max()
-        assert distance <= allowed, (name, distance, floor)
-    # An error e of the logits moves a KL by about e^2 where it is small, and by e sqrt(2 KL) where it is not.
-    distance = (rounded["kl"] - exact["kl"]).abs()[real]
-    assert (distance <= allowed**2 + allowed * np.sqrt(2 * exact["kl"][real]) + 1e-6 * exact["kl"][real]).all()
+    real = same & (rounded["unit"] != "identity").to_numpy()
+    assert real.sum() > 300
     assert exact["kl"][real].median() > 1e-3
+    repeated = real & rounded["repeated"].to_numpy()
+    assert repeated.sum() > 40
+    for name in REPEATED:
+        distance = (rounded[name] - exact[name]).abs()
+        noise = (rounded[f"repeat_{name}"] - rounded[name])[repeated].abs().max()
+        assert 0 < noise < 1e-4
+        # One draw of rounding stands for another: of 760 cases (family, seed, outcome) 759 are below 3, one is 4.1.
+        assert distance[repeated].max() <= (3 if seed == 2 else 5) * noise, (name, distance[repeated].max(), noise)
+        # The others are ten times as many, and not all as well-conditioned: the norm after flex_olmo's experts brings
+        # what is left of y without an expert that had 99.9 % of the weight, and its rounding, to full size (11.3).
+        assert (distance[real] > 3 * noise).mean() <= 0.02, name
+        assert distance[real].max() <= 12 * noise, (name, distance[real].max(), noise)
 
 
 @pytest.mark.parametrize("family", ["olmoe", "gpt_oss", "deepseek_v3", "granitemoeshared"])
@@ -109,6 +120,15 @@ def test_bfloat16_says_how_noisy_it_is(family: str) -> None:
     assert (np.abs(moved["gap_norm_rounded"] / moved["gap_norm"] - 1)).median() < 0.05
     ratio = real["kl_rounded"] / real["kl"]
     assert 0.7 < ratio.median() < 1.4
+    repeated = real[real["repeated_rounded"]]
+    assert repeated["repeat_kl_rounded"].notna().mean() > 0.9  # the rest is routed otherwise
+    for name in REPEATED:
+        distance = (real[f"{name}_rounded"] - real[name]).abs()
+        noise = (repeated[f"repeat_{name}_rounded"] - repeated[f"{name}_rounded"]).abs()
+        # One unit in the last place is more than rounding does to a bfloat16, at most half of one: 1.2 to 4 times as
+        # much in the median here. Identity rows show nothing at all: they equal their clean tokens to the last bit.
+        assert 0.1 * noise.median() < distance.median() < noise.median()
+        assert distance.max() < 5 * noise.max()
 
 
 @pytest.mark.parametrize(

@@ -119,6 +119,43 @@ def test_the_noise_floor_is_that_of_identity_rows_and_flags_what_lies_below() ->
     assert experts.below_noise_kl.tolist() == [True, None]  # layer 2 has no floor
 
 
+def test_repeats_say_how_far_an_effect_is_from_itself_in_any_cut() -> None:
+    frame = random_frame(900, seed=4).assign(layer=lambda f: f.layer + 1)
+    random = np.random.default_rng(5)
+    frame["repeated"] = random.random(900) < 0.5
+    for name in summary.COMPARED:
+        frame[f"repeat_{name}"] = (frame[name] + np.float32(1e-3) * random.normal(size=900)).astype(np.float32)
+        frame.loc[~frame.repeated, f"repeat_{name}"] = np.nan
+    lost = frame.index[frame.repeated][::10]  # routed otherwise: no such effect
+    frame.loc[lost, [f"repeat_{name}" for name in summary.COMPARED]] = np.nan
+    frame = pd.concat([frame, random_frame(60, seed=6).assign(unit="identity", repeated=False, layer=1)])
+    floor = summary.noise_floor([summary.noise_values(effect_table(frame))], [])
+    cuts = [frame.sample(frac=1, random_state=0)[i : i + 11] for i in range(0, 960, 11)]
+    assert floor.equals(summary.noise_floor([summary.noise_values(effect_table(cut)) for cut in cuts], []))
+    for line in floor.to_pandas().itertuples():
+        mine = frame[frame.repeated & (frame.layer == line.layer)]
+        apart = [
+            abs(float(again) - float(once))
+            for once, again in zip(mine[line.outcome], mine[f"repeat_{line.outcome}"], strict=True)
+            if not math.isnan(again) and not math.isnan(once)
+        ]
+        assert line.repeats == len(apart) > 90
+        assert line.repeats_rerouted == mine.repeat_kl.isna().sum() > 10
+        assert line.repeat_maximum == max(apart)
+        assert line.repeat_quantile_999 == pytest.approx(np.quantile(apart, 0.999), rel=1e-12)
+        assert line.rows == (60 if line.layer == 1 and line.outcome != "delta_loss" else line.rows)
+        assert (line.layer == 1) == (line.rows > 0)  # repeats are no identity rows
+
+
+def test_a_repeat_is_no_effect() -> None:
+    """Repeats stand in columns of their effects: means, counts and what lies below the floor do not know of them."""
+    frame = random_frame(200, seed=7)
+    again = frame.assign(repeated=True, **{f"repeat_{name}": np.float32(9) for name in summary.COMPARED})
+    floor = summary.noise_floor([summary.noise_values(effect_table(frame.assign(unit="identity")))], [])
+    tables = [summary.merge([summary.partial_sums(effect_table(f), floor)]) for f in (frame, again)]
+    assert summary.expert_summary(tables[0]).equals(summary.expert_summary(tables[1]))
+
+
 def test_values_that_are_not_finite_are_counted_and_in_no_mean() -> None:
     frame = random_frame(3).assign(layer=0, expert=0, intervention="zero", parameter=np.nan, delta_loss=np.float32(1))
     frame["kl"] = np.array([1.0, np.inf, 3.0], np.float32)
