@@ -14,20 +14,16 @@ from typing import TypeVar
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
 
 from audit.config import AuditConfig, ConfigError, audited_layers
 from audit.config.studies import RedundancyConfig
 from audit.corpus import Corpus, TokenSequence, sample_positions
 from audit.engine import Cost, Engine
-from audit.interventions import NEEDS_CALIBRATION, Intervention
-from audit.models import MoEModel
-from audit.models.weights import has_weight_metrics
-from audit.observations.registry import METRICS, find_metric
+from audit.interventions import NEEDS_CALIBRATION
 from audit.pruning import Pruning, RemovalOrders, model_limits, plan_prunings
 from audit.published.released_code import MAX_TOKENS as RELEASED_TOKENS
 from audit.published.released_code import padding_token
-from audit.studies.progressive import progressive_interventions
+from cluster.requests import Positions, Request, observed_metrics, requests_of
 from cluster.tasks import Task
 
 # Floating-point operations a second that a replica is taken to do, per CPU thread or per device. They size tasks and
@@ -35,8 +31,6 @@ from cluster.tasks import Task
 NOMINAL_FLOPS = {"cpu": 20e9, "cuda": 20e12}
 # A small run is cut into this many tasks at least, so that it can be spread and its progress be seen.
 FEWEST_TASKS = 32
-
-Positions = NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -47,41 +41,6 @@ class _Piece:
     positions: Positions
     layers: tuple[int, ...]
     cost: Cost
-
-
-def require_distinct(interventions: Sequence[Intervention], progressive: Sequence[Intervention] = ()) -> None:
-    """Raise ConfigError where the effect table could not tell two interventions' effects apart, and would pool them.
-
-    ``progressive``: what that study adds to those of the specification.
-    """
-    seen: dict[tuple[object, ...], int] = {}
-    for number, intervention in enumerate((*interventions, *progressive)):
-        target = intervention.target
-        parameter = intervention.factor if intervention.kind == "scale" else target.count
-        first = seen.setdefault((target.selection, target.metric, intervention.kind, parameter), number)
-        if first == number:
-            continue
-        same = f"target {target.selection}, {intervention.kind}"
-        same += "" if parameter is None else f", parameter {parameter:g}"
-        if number >= len(interventions):
-            raise ConfigError(f"studies.progressive: it measures {same} itself; take interventions.{first} out")
-        raise ConfigError(
-            f"interventions.{number}: its effects would not be told from those of interventions.{first} ({same}); "
-            "give each an audit of its own"
-        )
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _Request:
-    """Effects that are asked for: which, and where. ``name`` is what its tasks' ids begin with."""
-
-    name: str
-    layers: tuple[int, ...]
-    interventions: tuple[Intervention, ...]
-    positions: Sequence[Positions]  # per audited sequence
-    tokens: bool = False  # whether its tasks write the token table
-    attribution: bool = False
-    redistribution: bool = False
 
 
 class Planner:
@@ -97,7 +56,6 @@ class Planner:
             self._audited, where.sample, config.seed, where.include_first, where.include_special
         )
         self._layers = audited_layers(config, engine.model.description)
-        self._interventions = config.build_interventions()
         device = engine.model.device.type
         self._flops_per_second = NOMINAL_FLOPS.get(device, NOMINAL_FLOPS["cpu"]) * (
             config.engine.threads if device == "cpu" else 1
@@ -128,33 +86,11 @@ class Planner:
             if (inputs := tuple(task.id for task in observe if task.id.startswith(f"observe-{part}-")))
         ]
         stages = [("observe", observe), ("merge", merge)]
-        stages += [(request.name, self._measure(request)) for request in self._requests()]
+        requests = requests_of(self._config, self._engine.model, self._layers, self._positions)
+        for request in requests:
+            self._require_possible(request)
+        stages += [(request.name, self._measure(request)) for request in requests]
         return stages + ([("pruning", self._prune(redundancy))] if (redundancy := self._studies.redundancy) else [])
-
-    def _requests(self) -> list[_Request]:
-        """The audit's own effects, then those of its studies; only the first writes the token table."""
-        effects = _Request(
-            "effects",
-            self._layers,
-            self._interventions,
-            self._positions,
-            tokens=True,
-            attribution=self._config.attribution,
-            redistribution=self._studies.redistribution,
-        )
-        self._require_possible(effects)
-        requests = [effects]
-        progressive = self._studies.progressive
-        if progressive is not None:
-            top_k = min(self._engine.model.sites[layer].top_k for layer in self._layers)
-            layers = self._layers if progressive.layers is None else tuple(progressive.layers)
-            metrics = observed_metrics(progressive.metrics, self._engine.model)
-            interventions = progressive_interventions(top_k, metrics, progressive.draws)
-            positions = _thinned(self._positions, progressive.positions, self._config.seed)
-            requests.append(_Request("progressive", layers, interventions, positions))
-            self._require_possible(requests[-1])
-        require_distinct(*(request.interventions for request in requests))
-        return requests
 
     def _observe(self, part: str, sequences: Sequence[TokenSequence]) -> list[Task]:
         def cost(sequence: TokenSequence) -> float:  # every layer runs twice: with its experts and without
@@ -186,7 +122,7 @@ class Planner:
             )
         padded = [longest] * len(texts)
         return Task(
-            id="released-000000",
+            id="observe-released-000000",
             kind="release",
             sequences=texts,
             layers=self._layers,
@@ -194,7 +130,7 @@ class Planner:
             flops=self._engine.cost(padded, [0] * len(texts), (), ()).flops,
         )
 
-    def _measure(self, request: _Request) -> list[Task]:
+    def _measure(self, request: Request) -> list[Task]:
         audited = zip(self._audited, request.positions, strict=True)
         pieces = [
             piece
@@ -230,7 +166,7 @@ class Planner:
         ]
 
     def _prune(self, study: RedundancyConfig) -> list[Task]:
-        metrics = observed_metrics(study.metrics, self._engine.model)
+        metrics = observed_metrics("redundancy", study.metrics, self._engine.model)
         prunings = plan_prunings(self._layers, metrics, shares=study.shares, draws=study.draws)
         self._require_prunable(prunings)
         documents = sorted({sequence.document for sequence in self._audited})
@@ -258,7 +194,7 @@ class Planner:
             for number, group in enumerate(_pack(prunings, cost, self._target))
         ]
 
-    def _pieces(self, request: _Request, sequence: TokenSequence, positions: Positions) -> list[_Piece]:
+    def _pieces(self, request: Request, sequence: TokenSequence, positions: Positions) -> list[_Piece]:
         """A sequence whole, or cut where it costs more than a task may: by positions, or by layers in sequence scope.
 
         In sequence scope one forward gives every position, and cutting by positions would run it again for each.
@@ -274,7 +210,7 @@ class Planner:
         return [self._piece(request, sequence, at, request.layers) for at in cut]
 
     def _piece(
-        self, request: _Request, sequence: TokenSequence, positions: Positions, layers: tuple[int, ...]
+        self, request: Request, sequence: TokenSequence, positions: Positions, layers: tuple[int, ...]
     ) -> _Piece:
         scope = self._config.scope
         cost = self._engine.cost(
@@ -290,6 +226,8 @@ class Planner:
 
     def _require_prunable(self, prunings: Sequence[Pruning]) -> None:
         """Raise ConfigError where a share removes nobody, or more experts than a router can do without."""
+        if self._engine.model.reroute_refused:
+            raise ConfigError(f"studies.redundancy: this model cannot be pruned, {self._engine.model.reroute_refused}")
         no_metrics = pd.DataFrame(columns=["layer", "metric"])  # how many are removed does not depend on them
         orders = RemovalOrders(no_metrics, model_limits(self._engine.model), self._config.seed)
         for pruning in prunings:
@@ -297,9 +235,9 @@ class Planner:
                 try:
                     orders.removed(pruning)
                 except ValueError as error:
-                    raise ConfigError(f"studies.redundancy.{error}") from error
+                    raise ConfigError(f"studies.redundancy.shares{str(error).removeprefix('share')}") from error
 
-    def _require_possible(self, request: _Request) -> None:
+    def _require_possible(self, request: Request) -> None:
         longest = max((len(sequence) for sequence in self._audited), default=1)
         layers, interventions, scope = request.layers, request.interventions, self._config.scope
         try:
@@ -307,33 +245,6 @@ class Planner:
             self._engine.require_room(longest, layers, interventions, scope, request.attribution)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-
-
-def observed_metrics(asked: str | Sequence[str], model: MoEModel) -> tuple[str, ...]:
-    """The names of the metrics that will be observed: those asked for, or all. Raises ConfigError for an unknown."""
-    has_weights = has_weight_metrics(model)
-    known = [name for name, metric in METRICS.items() if metric.formula is not None or has_weights]
-    if asked == "all":
-        return tuple(known)
-    try:
-        names = tuple(dict.fromkeys(find_metric(name).name for name in asked))
-    except ValueError as error:
-        raise ConfigError(f"studies: {error}") from error
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"studies: the metric {name!r} needs experts' weights, which this model keeps elsewhere")
-    return names
-
-
-def _thinned(positions: Sequence[Positions], most: int | None, seed: int) -> list[Positions]:
-    """At most so many of the positions of all sequences together, drawn without replacement."""
-    total = sum(map(len, positions))
-    if most is None or total <= most:
-        return list(positions)
-    kept = np.zeros(total, dtype=bool)
-    kept[np.random.default_rng([seed, total]).choice(total, most, replace=False)] = True
-    ends = np.cumsum([len(at) for at in positions])
-    return [at[mask] for at, mask in zip(positions, np.split(kept, ends[:-1]), strict=True)]
 
 
 T = TypeVar("T")

@@ -30,11 +30,14 @@ def fingerprint(folder: RunFolder) -> str:
 
 
 def is_reduced(folder: RunFolder) -> bool:
-    """Whether results/ was made from exactly what is committed; without any effects there is nothing to make."""
+    """Whether results/ is whole and made from exactly what is committed; without effects there is nothing to make."""
     if not folder.files("effects"):
         return True
-    found = folder.read_result(_REDUCED)
-    return found is not None and json.loads(found)["tasks"] == fingerprint(folder)
+    text = folder.read_result(_REDUCED)
+    if text is None:
+        return False
+    found, there = json.loads(text), folder.list_files("results")
+    return found["tasks"] == fingerprint(folder) and all(f"results/{name}" in there for name in found["results"])
 
 
 def reduce(folder: RunFolder) -> list[str]:
@@ -49,7 +52,7 @@ def reduce(folder: RunFolder) -> list[str]:
         if "routing_changes" in receipt
     ]
     floor = summary.noise_floor(
-        _mapped(folder, summary.noise_values, ["layer", "unit", "scope", *summary.COMPARED]), changes
+        _mapped(folder, summary.noise_values, ["layer", "unit", "scope", "repeated", *summary.NOISY]), changes
     )
     outcomes = [name for name in summary.AVERAGED if name != "abs_delta_loss"]
     merged = summary.merge(
@@ -63,10 +66,10 @@ def reduce(folder: RunFolder) -> list[str]:
     observed = _metrics(folder)
     if observed is not None:
         results["metrics.parquet"] = observed
-        run = folder.require_run()
-        config = AuditConfig.parse(run["specification"], Path())
-        ranked = pa.concat_tables([observed, *_released(folder)], promote_options="permissive")
-        results |= make_studies(folder, config, str(run["model"]["source"]), ranked)
+        observed = pa.concat_tables([observed, *_released(folder)], promote_options="permissive")
+    run = folder.require_run()
+    config = AuditConfig.parse(run["specification"], Path())
+    results |= make_studies(folder, config, str(run["model"]["source"]), observed)
     for name, result in results.items():
         if isinstance(result, str):
             folder.write_result(name, result)

@@ -1,4 +1,4 @@
-"""The command line: ``moe-audit run | plan | status | reduce | cells | prune | validate | models``.
+"""The command line: ``moe-audit run | plan | status | reduce | cells | prune | compare | validate | models``.
 
 What the commands do is in ``jobs.commands``, imported when one is called: help is answered without loading anything.
 """
@@ -18,6 +18,7 @@ EXAMPLES = """examples:
   moe-audit reduce runs/demo
   moe-audit cells contrasts.csv --out cells/
   moe-audit prune runs/importance --metric reap --keep 12 --out pruned/
+  moe-audit compare runs/published_olmoe --published OLMoE-1B-7B-0924
 
 exit status: 0 all done, 1 done but for quarantined tasks or ended by an error, 2 a mistake in what was asked for,
 130 or 143 stopped; the run command given again goes on where it was."""
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     reduce = commands.add_parser("reduce", help="recompute every result of a run from its tables")
     cells = commands.add_parser("cells", help="statistics and verdicts of a contrast table, whoever measured it")
     prune = commands.add_parser("prune", help="write a smaller checkpoint without the experts a metric ranks lowest")
+    compare = commands.add_parser("compare", help="a run beside the figures of arXiv 2606.10703")
     validate = commands.add_parser("validate", help="check a specification against its model and its texts")
     models = commands.add_parser(
         "models", help="what a checkpoint holds: layers, experts, top-k, router, shared experts"
@@ -67,7 +69,7 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="how progress is shown (default: auto)",
     )
-    for command in (status, reduce, prune):
+    for command in (status, reduce, prune, compare):
         command.add_argument("dir", metavar="DIR", help="a run's folder")
     cells.add_argument("contrasts", metavar="CONTRASTS", help="a CSV or Parquet file; docs/tables.md has its columns")
     cells.add_argument("--out", metavar="DIR", required=True, help="where cells.parquet and cells.csv are written")
@@ -85,6 +87,9 @@ def parser() -> argparse.ArgumentParser:
     prune.add_argument("--metric", required=True, help="a metric of results/metrics.parquet, such as reap")
     prune.add_argument("--keep", type=int, required=True, help="experts that every MoE layer keeps")
     prune.add_argument("--out", metavar="CKPT", required=True, help="the new checkpoint's folder, new or empty")
+    compare.add_argument(
+        "--published", metavar="MODEL", required=True, help="its published name, such as OLMoE-1B-7B-0924"
+    )
     return top
 
 

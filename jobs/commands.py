@@ -20,6 +20,9 @@ from cluster.driver import RunError
 from cluster.plan import prepare
 from cluster.run import Job, execute, identity_of, reduce_again, refuse_other
 from jobs import output
+from jobs.compare import compare_with
+from jobs.console import complain, say
+from jobs.studies import show_cells
 
 
 def call(command: str, given: argparse.Namespace) -> int:
@@ -31,16 +34,17 @@ def call(command: str, given: argparse.Namespace) -> int:
         "reduce": reduce,
         "cells": cells,
         "prune": prune,
+        "compare": compare,
         "validate": validate,
         "models": models,
     }
     try:
         return commands[command](given)
     except (ConfigError, ContrastError, ModelError, RunFolderError) as error:
-        output.complain(_sentence(error))
+        complain(_sentence(error))
         return 2
     except RunError as error:
-        output.complain(f"{_sentence(error)}; what is committed stays")
+        complain(f"{_sentence(error)}; what is committed stays")
         return 1
     except KeyboardInterrupt:
         return 130
@@ -59,16 +63,16 @@ def run(given: argparse.Namespace) -> int:
         display.close()
     if outcome.signal:
         committed = f"{len(folder.done())} of {_tasks(job)} tasks committed"
-        output.complain(f"stopped with {committed}; the same command goes on from there")
+        complain(f"stopped with {committed}; the same command goes on from there")
         return outcome.exit_status
     output.show_results(folder)
     for note in [*_about(folder), *_notes(folder)]:
-        output.say(note)
-    output.say(f"result tables in {folder.path('results')}, every effect in {folder.path('effects')}")
+        say(note)
+    say(f"result tables in {folder.path('results')}, every effect in {folder.path('effects')}")
     if outcome.quarantined or outcome.blocked:
         lost = f"{len(outcome.quarantined)} tasks are quarantined: {', '.join(sorted(outcome.quarantined))}"
         also = f", and {len(outcome.blocked)} that need them were not run" if outcome.blocked else ""
-        output.complain(f"{lost}{also}; {folder.path('quarantine.jsonl')} has their errors")
+        complain(f"{lost}{also}; {folder.path('quarantine.jsonl')} has their errors")
     return outcome.exit_status
 
 
@@ -81,7 +85,7 @@ def status(given: argparse.Namespace) -> int:
     folder = RunFolder(given.dir)
     output.show_status(folder, folder.require_run())
     for note in _notes(folder):
-        output.say(note)
+        say(note)
     return 0
 
 
@@ -93,7 +97,7 @@ def reduce(given: argparse.Namespace) -> int:
     finally:
         display.close()
     output.show_results(folder)
-    output.say(f"{', '.join(names)} in {folder.path('results')}")
+    say(f"{', '.join(names)} in {folder.path('results')}")
     return 0
 
 
@@ -110,9 +114,9 @@ def cells(given: argparse.Namespace) -> int:
         raise ConfigError(f"--{str(error).replace('bootstrap_draws', 'draws')}") from error
     table = cells_of(read_contrasts(given.contrasts), settings)
     paths = write_cells(table, given.out)
-    output.show_cells(table)
-    output.say(findings(table, settings))
-    output.say(f"{len(table):,} cells in {' and '.join(map(str, paths))}")
+    show_cells(table)
+    say(findings(table, settings))
+    say(f"{len(table):,} cells in {' and '.join(map(str, paths))}")
     return 0
 
 
@@ -139,14 +143,22 @@ def prune(given: argparse.Namespace) -> int:
     return 0
 
 
+def compare(given: argparse.Namespace) -> int:
+    folder = RunFolder(given.dir)
+    table = compare_with(folder, given.published)
+    folder.write_result("side_by_side.csv", table.to_csv(index=False, lineterminator="\n"))
+    say(f"{len(table)} rows, with intervals and reasons, in {folder.path('results', 'side_by_side.csv')}")
+    return 0
+
+
 def validate(given: argparse.Namespace) -> int:
     config = AuditConfig.load(given.config, given.set)
     job = prepare(config)
     model, method = job.information["model"], job.identity["resolved"]["method"]
-    output.say(f"{given.config} is valid")
-    output.say(f"  model   {model['source']}: {model['family']}, engine {method} ({model['engine_reason']})")
-    output.say(f"  corpus  {job.information['corpus']['summary']}")
-    output.say(f"  work    {_tasks(job)} tasks; see moe-audit plan")
+    say(f"{given.config} is valid")
+    say(f"  model   {model['source']}: {model['family']}, engine {method} ({model['engine_reason']})")
+    say(f"  corpus  {job.information['corpus']['summary']}")
+    say(f"  work    {_tasks(job)} tasks; see moe-audit plan")
     return 0
 
 

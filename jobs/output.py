@@ -1,51 +1,40 @@
-"""What commands say to people: tables on standard output, complaints on standard error."""
+"""What commands say of runs, plans, models and pruned checkpoints."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import pandas as pd
-from rich.console import Console
-from rich.table import Table
 
+from audit.interventions import COUNTED
 from audit.models import ModelDescription
 from audit.pruning import PrunedCheckpoint
 from audit.runfolder import RunFolder
-from audit.statistics.verdict import Word
 from cluster.display import duration
 from cluster.run import Job
+from jobs.console import console, print_table, rows_of, say
+from jobs.studies import show_studies
 
 MOST_EXPERTS = 10
-_VERDICTS = get_args(Word)
-
-
-def say(text: str) -> None:
-    print(text)
-
-
-def complain(text: str) -> None:
-    print(f"moe-audit: {text}", file=sys.stderr)
 
 
 def show_results(folder: RunFolder) -> None:
-    """Mean KL and mean delta_loss per layer, the most and least important experts, the noise floor."""
+    """The studies, mean effects per layer, the most and least important experts, the noise floor."""
     try:
         layers, experts, floor = (folder.read_table(name).to_pandas() for name in ("layers", "experts", "noise_floor"))
     except FileNotFoundError:
         return
-    text = folder.read_result("findings.md")
-    if text is not None:
-        cells = folder.read_table("cells").to_pandas()
-        confirmatory = folder.require_run()["specification"]["studies"]["importance"]["confirmatory"]
-        show_cells(cells[cells["outcome"].isin(confirmatory)])
-        say(text)
+    show_studies(folder)
     keys = ["unit", "intervention", "target", "parameter", "scope"]
-    layers = layers[layers["unit"] != "set"] if text is not None else layers  # those of the progressive study are many
+    if folder.require_run()["specification"]["studies"]["progressive"]:
+        removals = (layers["unit"] == "set") & layers["target"].str.startswith(COUNTED, na=False)
+        say(f"mean effects of {int(removals.sum()):,} sets of experts in {folder.path('results', 'layers.parquet')}")
+        layers = layers[~removals]
     for cell, mine in layers.groupby(keys, dropna=False, sort=True):
         what = _cell(*cell)
-        _print(f"Mean effect per layer: {what}", [{"layer": row["layer"], **_effects(row)} for row in _rows(mine)])
+        means = [{"layer": row["layer"], **_effects(row)} for row in rows_of(mine)]
+        print_table(f"Mean effect per layer: {what}", means)
         same = (experts[keys].isna() & pd.isna(pd.Series(cell, keys))) | (experts[keys] == pd.Series(cell, keys))
         ranked = experts[same.all(axis=1)].sort_values(["mean_kl", "layer", "expert"], ascending=[False, True, True])
         if len(ranked):
@@ -59,30 +48,15 @@ def show_results(folder: RunFolder) -> None:
             "99.9 % quantile": f"{row['quantile_999']:.2e}",
             "maximum": f"{row['maximum']:.2e}",
             "routed otherwise above": "" if pd.isna(row["routing_changed"]) else f"{row['routing_changed']:.2%}",
+            "largest |repeat - effect|": "" if pd.isna(row["repeat_maximum"]) else f"{row['repeat_maximum']:.2e}",
         }
-        for row in _rows(floor[floor.outcome.isin(["kl", "delta_loss"])])
+        for row in rows_of(floor[floor.outcome.isin(["kl", "delta_loss"])])
     ]
-    caption = "* the median effect is below the layer's 99.9 % noise quantile"
-    _print("Noise floor: |outcome| of interventions that change nothing", noise, caption)
-
-
-def show_cells(cells: pd.DataFrame) -> None:
-    """How many cells of every metric and outcome carry which verdict, and the largest |d|."""
-    rows = []
-    for (label, metric, outcome), mine in cells.groupby(["label", "metric", "outcome"], sort=True):
-        known = mine["cohen_d"].dropna()
-        counts = mine["verdict"].value_counts()
-        rows.append(
-            {
-                "metric": metric,
-                "label": label,
-                "outcome": outcome,
-                "cells": len(mine),
-                "d": "" if known.empty else f"{known.min():+.2f} to {known.max():+.2f}",
-                **{word: int(counts[word]) if word in counts else "" for word in _VERDICTS},
-            }
-        )
-    _print("Verdicts by metric and outcome", rows)
+    caption = (
+        "* the median effect is below the layer's 99.9 % noise quantile. A repeat is an effect computed again under "
+        "another rounding: what rounding alone does to an effect"
+    )
+    print_table("Noise floor: |outcome| of interventions that change nothing", noise, caption)
 
 
 def show_pruned(found: PrunedCheckpoint) -> None:
@@ -98,7 +72,7 @@ def show_pruned(found: PrunedCheckpoint) -> None:
 def show_plan(job: Job) -> None:
     """Tasks, rows, predicted cost and size."""
     seconds, replicas = job.information["predicted"]["replica_seconds"], job.replicas
-    _print(
+    print_table(
         "Plan",
         [
             {
@@ -111,6 +85,7 @@ def show_plan(job: Job) -> None:
         ],
         caption=f"about {duration(seconds)} of one replica, {duration(seconds / replicas)} of {replicas}; "
         f"about {_size(job.information['predicted']['bytes'])} of effects on disk",
+        left=("stage",),
     )
 
 
@@ -122,7 +97,7 @@ def show_status(folder: RunFolder, run: Mapping[str, Any]) -> None:
         committed = sum(id_.startswith(f"{stage}-") for id_ in done)
         share = f"{committed / tasks:.0%}" if tasks else ""
         rows.append({"stage": stage, "tasks": tasks, "committed": committed, "share": share})
-    _print(folder.url, rows)
+    print_table(folder.url, rows, left=("stage",))
 
 
 def show_model(found: ModelDescription) -> None:
@@ -142,19 +117,15 @@ def show_model(found: ModelDescription) -> None:
         "context limit": found.context_limit or "none",
         "engine": f"{found.engine} ({found.engine_reason})",
     }
-    console = _console()
+    out = console()
     for name, value in lines.items():
-        console.print(f"{name:16}{value}", highlight=False, markup=False)
+        out.print(f"{name:16}{value}", highlight=False, markup=False)
     for note in found.notes:
-        console.print(f"{'':16}{note}", highlight=False, markup=False)
+        out.print(f"{'':16}{note}", highlight=False, markup=False)
 
 
 def _print_experts(title: str, experts: pd.DataFrame) -> None:
-    _print(title, [{"layer": row["layer"], "expert": row["expert"], **_effects(row)} for row in _rows(experts)])
-
-
-def _rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in row.items()} for row in frame.to_dict("records")]
+    print_table(title, [{"layer": row["layer"], "expert": row["expert"], **_effects(row)} for row in rows_of(experts)])
 
 
 def _effects(row: Mapping[str, Any]) -> dict[str, str]:
@@ -180,17 +151,3 @@ def _effect(value: float, below: bool | None) -> str:
 
 def _size(count: int) -> str:
     return f"{count / 2**30:.1f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"
-
-
-def _print(title: str, rows: list[dict[str, Any]], caption: str | None = None) -> None:
-    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
-    for number, name in enumerate(rows[0] if rows else ()):
-        table.add_column(name, justify="left" if number == 0 and name == "stage" else "right")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    _console().print(table)
-
-
-def _console() -> Console:
-    console = Console()
-    return console if console.is_terminal else Console(width=120)

@@ -156,7 +156,10 @@ ROW = {"kind": "jsonl", "path": "rows/x.jsonl", "text_field": "body", "domain": 
         (text("empty"), ["corpus.sources.0.path", "'empty'", "holds no file"]),
         (text("nosuch://x"), ["corpus.sources.0.path", "'nosuch://x'", "cannot be reached"]),
         (text("latin.txt"), ["corpus.sources.0.path", "latin.txt", "text in UTF-8"]),
-        (text("texts", min_characters=99), ["corpus.sources.0.min_characters", "99", "none of the 3 documents", "longest of"]),
+        (
+            text("texts", min_characters=99),
+            ["corpus.sources.0.min_characters", "99", "none of the 3 documents", "longest of"],
+        ),
         (text("blank.txt"), ["corpus.sources.0", "its 1 documents hold no text"]),
         (ROW | {"path": "texts/b.txt"}, ["corpus.sources.0.path", "line 1", "b.txt", "JSON object"]),
         (ROW | {"path": "texts"}, ["corpus.sources.0.path", "'texts'", ".jsonl"]),

@@ -143,7 +143,7 @@ def make_job(
     return Job(
         stages=(("observe", observe), ("merge", merge), ("effects", measure)),
         identity=identity or {"specification": {"seed": 0}},
-        information={},
+        information={"specification": {}, "model": {"source": "stub"}},
         make_worker=partial(StubWorker, plan=plan or FaultPlan(), seconds=seconds),
         replicas=replicas,
         policy=policy or Policy(commit_results=4, relaunch_seconds=0.0),

@@ -1,56 +1,14 @@
-"""The plan with an engine that only knows costs."""
+"""The plan of an audit's own effects, with an engine that only knows costs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
-import numpy as np
 import pytest
+from fake_engine import LAYERS, LENGTHS, planned
 
-from audit.config import AuditConfig, ConfigError
-from audit.corpus import Corpus, DocumentInfo, TokenSequence
-from audit.engine import Cost
-from cluster.plan import Planner
+from audit.config import ConfigError
 from cluster.tasks import Task, digest
-
-LAYERS = (1, 2, 5)
-LENGTHS = (10, 40, 300, 7, 12, 12, 90, 33, 8, 25)
-
-
-class FakeEngine:
-    """A FLOP per token and a billion per effect: a task of 15 seconds, at 20 GFLOP a second, holds 300 of those."""
-
-    def __init__(self) -> None:
-        description = SimpleNamespace(moe_layers=LAYERS)
-        self.model = SimpleNamespace(description=description, device=SimpleNamespace(type="cpu"))
-
-    def cost(
-        self, lengths: list[int], positions: list[int], layers: Any, interventions: Any, scope: str = "token"
-    ) -> Cost:
-        rows = sum(positions) * len(layers) * len(interventions)
-        return Cost(rows, float(sum(lengths)) + 1e9 * rows, 45 * rows)
-
-    def require_possible(self, layers: Any, interventions: Any, scope: str, all_positions: bool) -> None:
-        pass
-
-    def require_room(self, length: int, layers: Any, interventions: Any, scope: str) -> None:
-        if length > 10_000:
-            raise ValueError(f"engine.memory: too little for a sequence of {length}")
-
-
-def sequence(index: int, length: int) -> TokenSequence:
-    ids = np.arange(length, dtype=np.int64)
-    return TokenSequence(index, index, "prose", ids, np.zeros(length, np.int32), np.zeros(length, np.bool_))
-
-
-def planned(**settings: Any) -> dict[str, list[Task]]:
-    config = AuditConfig.parse({"calibration": {"documents": 2}, **settings}, Path("."))
-    documents = [DocumentInfo(str(i), "prose", str(i)) for i in range(len(LENGTHS))]
-    corpus = Corpus(documents, [sequence(i, n) for i, n in enumerate(LENGTHS)], "", {})
-    return dict(Planner(config, FakeEngine(), corpus).stages())  # type: ignore[arg-type]
 
 
 def covered(tasks: list[Task]) -> Counter[tuple[int, int, int]]:
@@ -104,11 +62,11 @@ def test_calibration_and_audited_documents_are_apart_and_merged_in_order() -> No
     merge = {task.id: task.inputs for task in stages["merge"]}
     assert set(merge) == {"merge-calibration", "merge-audited"}
     assert list(merge["merge-audited"]) == sorted(t.id for t in stages["observe"] if "-audited-" in t.id)
-    assert {t.inputs for t in stages["effects"]} == {("merge-calibration",)}
+    assert {t.needs for t in stages["effects"]} == {("merge-calibration",)}
 
 
 def test_effects_that_draw_on_no_calibration_do_not_wait_for_it() -> None:
-    assert {task.inputs for task in planned()["effects"]} == {()}
+    assert {task.needs for task in planned()["effects"]} == {()}
 
 
 def test_the_cut_does_not_depend_on_the_number_of_replicas() -> None:

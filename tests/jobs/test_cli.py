@@ -20,7 +20,6 @@ from audit.runfolder import RunFolder
 from cluster.engine_worker import EngineWorker
 from cluster.plan import prepare
 from cluster.session import ray_session
-from cluster.tasks import Task
 from jobs.cli import main
 
 Call = Callable[..., tuple[int, str, str]]
@@ -155,16 +154,12 @@ def test_a_run_equals_its_tasks_done_one_by_one_without_ray(place: Path, finishe
     job = prepare(config, folder.require_run()["identity"]["resolved"])
     worker = job.make_worker(str(finished))
     assert isinstance(worker, EngineWorker)
-    merged = str(folder.done()["merge-calibration"]["folder"])
-    alone = [worker.run(Task(**{**_fields(t), "inputs": (merged,)}), 1).tables for t in dict(job.stages)["effects"]]
+    folders = {"merge-calibration": str(folder.done()["merge-calibration"]["folder"])}
+    alone = [worker.run(task.found(folders), 1).tables for task in dict(job.stages)["effects"]]
     for name in ("effects", "tokens"):
         ours = pa.concat_tables(tables[name] for tables in alone).to_pylist()
         assert len(ours) > 59
         assert sorted(folder.dataset(name).to_table().to_pylist(), key=repr) == sorted(ours, key=repr)
-
-
-def _fields(task: Task) -> dict[str, object]:
-    return {name: getattr(task, name) for name in Task.__slots__}
 
 
 def test_a_finished_run_prints_its_tables_again_at_once(place: Path, finished: Path, call: Call) -> None:
