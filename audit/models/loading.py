@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from audit.models import attention
 from audit.models.description import description_of, text_config
@@ -19,7 +18,14 @@ from audit.models.linear import LinearPath, OneDNNLinear, fastest_linear, onednn
 from audit.models.moe_model import MoEModel
 from audit.models.rows import Rows, clean_forward
 from audit.models.seam import record_calls, replaced, tensors_in
-from audit.models.sources import DTYPES, first_sentence, load_tokenizer, resolve_device, resolve_source
+from audit.models.sources import (
+    DTYPES,
+    first_sentence,
+    load_module,
+    load_tokenizer,
+    resolve_device,
+    resolve_source,
+)
 
 
 def load_model(
@@ -44,16 +50,10 @@ def load_model(
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     # The library's default experts code refuses float64, and on a CPU its plain loop is the faster of the two.
     implementation = "eager" if place.type == "cpu" or dtype == "float64" else None
-    try:
-        module = AutoModelForCausalLM.from_pretrained(
-            path, dtype=DTYPES[dtype], use_safetensors=None if allow_pickle else True, attn_implementation="eager",
-            **({"experts_implementation": implementation} if implementation else {}), **options,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"model.source: {source!r} cannot be loaded ({first_sentence(error)}); name a folder with a "
-            "safetensors checkpoint or a hub model"
-        ) from error
+    module = load_module(
+        source, dtype=DTYPES[dtype], use_safetensors=None if allow_pickle else True, attn_implementation="eager",
+        **({"experts_implementation": implementation} if implementation else {}), **options,
+    )  # fmt: skip
     tokenizer = load_tokenizer(path, **options)
     return prepare(module.to(place), tokenizer, source=source, experts=experts, linear=linear)
 

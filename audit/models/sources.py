@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from audit.demo import CHECKPOINT
 from audit.models.discovery import ModelError
@@ -52,6 +52,18 @@ def load_tokenizer(path: str, **options: Any) -> Any:
         return None
     # Where there is none the library may make one up that knows its special tokens and nothing else.
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
+
+
+def load_module(source: str, **options: Any) -> Any:
+    """The model of a checkpoint by the library's own loader. Raises ModelError, one sentence, where it cannot be."""
+    path = resolve_source(source)
+    try:
+        return AutoModelForCausalLM.from_pretrained(path, **options)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(
+            f"model.source: {source!r} cannot be loaded ({first_sentence(error)}); name a folder with a "
+            "safetensors checkpoint or a hub model"
+        ) from error
 
 
 def first_sentence(error: BaseException) -> str:

@@ -20,7 +20,7 @@ from transformers import AutoModelForCausalLM
 
 from audit.models.description import configured_top_k, text_config
 from audit.models.discovery import ModelError, decoder_layers, find_sites
-from audit.models.sources import DTYPES, first_sentence, load_tokenizer, resolve_source
+from audit.models.sources import DTYPES, load_module, load_tokenizer, resolve_source
 from audit.pruning.limits import RouterLimits, limits_of
 from audit.pruning.plan import RemovalOrders
 
@@ -125,16 +125,9 @@ def write_pruned(
 def _load(source: str, revision: str | None, dtype: str | None) -> Any:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"model.dtype: {dtype!r} is unknown; known are {', '.join(DTYPES)}")
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            resolve_source(source), revision=revision, dtype="auto" if dtype is None else DTYPES[dtype],
-            use_safetensors=True,
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(
-            f"model.source: {source!r} cannot be loaded ({first_sentence(error)}); name a folder with a "
-            "safetensors checkpoint or a hub model"
-        ) from error
+    model = load_module(
+        source, revision=revision, dtype="auto" if dtype is None else DTYPES[dtype], use_safetensors=True
+    )
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"model.source: {source!r} is quantized; only checkpoints of plain numbers can be pruned")
     return model

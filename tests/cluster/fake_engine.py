@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -68,3 +70,14 @@ def planned(engine: FakeEngine | None = None, **settings: Any) -> dict[str, list
 def _sequence(index: int, length: int) -> TokenSequence:
     ids = np.arange(length, dtype=np.int64)
     return TokenSequence(index, index, "prose", ids, np.zeros(length, np.int32), np.zeros(length, np.bool_))
+
+
+def covered(tasks: Sequence[Task]) -> Counter[tuple[int, int, int]]:
+    """How often every (sequence, position, layer) is measured."""
+    return Counter(
+        (s.index, int(t), layer)
+        for task in tasks
+        for s, at in zip(task.sequences, task.positions, strict=True)
+        for t in at
+        for layer in task.layers
+    )

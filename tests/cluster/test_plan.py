@@ -5,20 +5,10 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from fake_engine import LAYERS, LENGTHS, planned
+from fake_engine import LAYERS, LENGTHS, covered, planned
 
 from audit.config import ConfigError
-from cluster.tasks import Task, digest
-
-
-def covered(tasks: list[Task]) -> Counter[tuple[int, int, int]]:
-    return Counter(
-        (s.index, int(t), layer)
-        for task in tasks
-        for s, at in zip(task.sequences, task.positions, strict=True)
-        for t in at
-        for layer in task.layers
-    )
+from cluster.tasks import digest
 
 
 @pytest.mark.parametrize("scope", ["token", "sequence"])

@@ -6,7 +6,7 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from fake_engine import LAYERS, LENGTHS, FakeEngine, planned
+from fake_engine import LAYERS, LENGTHS, FakeEngine, covered, planned
 
 from audit.config import ConfigError
 from audit.interventions import Intervention, Target
@@ -17,17 +17,6 @@ PROGRESSIVE = {"positions": 40, "draws": 4, "metrics": ["reap", "frequency"]}
 REDUNDANCY = {"shares": [0.25, 0.5], "metrics": ["reap", "aimer"], "draws": 7}
 
 
-def tokens_of(tasks: list[Task]) -> Counter[tuple[int, int, int]]:
-    """How often every (sequence, position, layer) is measured."""
-    return Counter(
-        (s.index, int(t), layer)
-        for task in tasks
-        for s, at in zip(task.sequences, task.positions, strict=True)
-        for t in at
-        for layer in task.layers
-    )
-
-
 def test_without_studies_there_are_no_stages_for_them() -> None:
     assert list(planned()) == ["observe", "merge", "effects"]
     assert not [task for task in planned()["observe"] if task.kind == "release"]
@@ -36,7 +25,7 @@ def test_without_studies_there_are_no_stages_for_them() -> None:
 @pytest.mark.parametrize("scope", ["token", "sequence"])
 def test_progressive_positions_are_among_the_audited_and_write_no_tokens(scope: str) -> None:
     stages = planned(scope=scope, studies={"progressive": PROGRESSIVE}, cluster={"task_minutes": 0.05})
-    own, progressive = tokens_of(stages["effects"]), tokens_of(stages["progressive"])
+    own, progressive = covered(stages["effects"]), covered(stages["progressive"])
     assert set(progressive) < set(own)
     assert set(progressive.values()) == {1}
     assert len({key[:2] for key in progressive}) == 40
@@ -61,9 +50,9 @@ def test_progressive_removes_in_every_order_and_waits_for_the_metrics() -> None:
 
 def test_all_positions_where_there_are_fewer_than_asked_for() -> None:
     stages = planned(studies={"progressive": {**PROGRESSIVE, "positions": None}})
-    assert tokens_of(stages["progressive"]) == tokens_of(stages["effects"])
+    assert covered(stages["progressive"]) == covered(stages["effects"])
     stages = planned(studies={"progressive": {**PROGRESSIVE, "positions": 100_000}})
-    assert tokens_of(stages["progressive"]) == tokens_of(stages["effects"])
+    assert covered(stages["progressive"]) == covered(stages["effects"])
 
 
 def test_attribution_and_redistribution_are_asked_of_the_audits_own_effects_alone() -> None:

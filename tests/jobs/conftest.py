@@ -8,11 +8,9 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from shapes import Call, Cluster
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from tiny_olmoe import write_tiny_olmoe
 
 from cluster import session
 from jobs.cli import main
@@ -36,18 +34,7 @@ STUDIES = {
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint of three layers of eight experts, twelve texts and ``audit.yaml``."""
     folder = tmp_path_factory.mktemp("studies")
-    torch.manual_seed(0)
-    config = OlmoeConfig(
-        vocab_size=300, hidden_size=16, intermediate_size=8, num_hidden_layers=3, num_attention_heads=2,
-        num_key_value_heads=2, num_experts=8, num_experts_per_tok=3, max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
-    OlmoeForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token=tokenizer.id_to_token(0))
-    fast.save_pretrained(folder / "model")
+    write_tiny_olmoe(folder / "model", layers=3, experts=8, top_k=3)
     (folder / "texts").mkdir()
     for number in range(12):
         text = f"Document {number} says: the expert that answers is not the expert that was asked."

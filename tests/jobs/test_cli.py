@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 import torch
 import yaml
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import OlmoeConfig, OlmoeForCausalLM, PreTrainedTokenizerFast
+from shapes import Call
+from tiny_olmoe import write_tiny_olmoe
 
 from audit.config import AuditConfig
 from audit.runfolder import RunFolder
@@ -22,24 +22,12 @@ from cluster.plan import prepare
 from cluster.session import ray_session
 from jobs.cli import main
 
-Call = Callable[..., tuple[int, str, str]]
-
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a checkpoint, texts and ``audit.yaml``."""
     folder = tmp_path_factory.mktemp("place")
-    torch.manual_seed(0)
-    config = OlmoeConfig(
-        vocab_size=300, hidden_size=16, intermediate_size=8, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, num_experts=4, num_experts_per_tok=2, max_position_embeddings=64, initializer_range=0.3,
-    )  # fmt: skip
-    OlmoeForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    tokenizer.train_from_iterator([], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder / "model")
+    write_tiny_olmoe(folder / "model", layers=2, experts=4, top_k=2)
     (folder / "texts").mkdir()
     for number in range(6):
         text = f"Document {number} says: the expert that answers is not the expert that was asked. " * 2
@@ -53,18 +41,6 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }
     (folder / "audit.yaml").write_text(yaml.safe_dump(specification))
     return folder
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Call:
-    def run(*arguments: object) -> tuple[int, str, str]:
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        out, err = capsys.readouterr()
-        assert isinstance(ended.value.code, int)
-        return ended.value.code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="module")
