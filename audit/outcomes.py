@@ -18,6 +18,20 @@ import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class BaselineScores:
+    """How well the model predicts without an intervention, at the audited tokens (M of them)."""
+
+    target_M: Tensor  # true next token; -1 where there is none
+    loss_M: Tensor  # nats; nan where there is no next token
+    entropy_M: Tensor  # nats
+
+    @staticmethod
+    def joined(parts: Sequence[BaselineScores]) -> BaselineScores:
+        """The audited tokens of several, one after another."""
+        return BaselineScores(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(BaselineScores)))
+
+
 @dataclass(slots=True)
 class Baseline:
     """Predictions without an intervention at the audited tokens (M of them)."""
@@ -45,10 +59,10 @@ class Baseline:
             -(p * log_p).nan_to_num(0.0).sum(-1),
         )
 
-    @staticmethod
-    def joined(parts: Sequence[Baseline]) -> Baseline:
-        """The audited tokens of several baselines, one after another."""
-        return Baseline(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(Baseline)))
+    @property
+    def scores(self) -> BaselineScores:
+        """What is kept when the logits are not needed any more."""
+        return BaselineScores(self.target_M, self.loss_M, self.entropy_M)
 
 
 @dataclass(slots=True)

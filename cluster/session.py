@@ -50,6 +50,8 @@ def ray_session(cpus: int) -> Iterator[None]:
             _use_own_token()
             # Nobody reads the metrics of a cluster without a dashboard, and gathering them takes 2 % of two cores.
             os.environ.setdefault("RAY_enable_metrics_collection", "0")
+            # Ray starts workers at nice 15: on two busy cores they then lose a tenth to Ray's own processes.
+            os.environ.setdefault("RAY_worker_niceness", "0")
             local = {"address": "local", "num_cpus": max(cores(), cpus) + 1, "include_dashboard": False}
             with _scratch() as folder, _connected(**local, _temp_dir=folder):
                 yield

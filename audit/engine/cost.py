@@ -142,16 +142,17 @@ def cost_of(
     token and layer.
 
     ``attribution`` adds a clean pass, and per token one virtual token from the first layer up, forwards and backwards:
-    about three times its forward. Repeats add a clean pass, and as many worlds as identity controls, but no rows.
+    about three times its forward. Repeats add a clean pass and a world per token and layer to one sequence in
+    ``identity_every``, but no rows.
     """
-    repeats = any(i.target.selection != "shared" for i in interventions)
+    repeats = any(i.target.selection != "shared" for i in interventions) / identity_every
     rows, flops = 0.0, 0.0
     for length, audited in zip(lengths, positions, strict=True):
         per_token = [2.0 * active + 2.0 * length * sizes.hidden for active in sizes.active]
         flops += (1 + repeats) * length * sum(per_token)
         for layer in layers:
             rows += audited * (worlds + 1.0 / identity_every)
-            born = audited * (worlds + (1 + repeats) / identity_every)
+            born = audited * (worlds + 1.0 / identity_every + repeats)
             # In sequence scope a world is the whole sequence again, whatever is read of it.
             whole = _sequence_worlds(sizes, length, worlds, interventions) + repeats
             carried = born if scope == "token" else whole * length

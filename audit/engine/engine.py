@@ -251,14 +251,13 @@ class Engine:
     ) -> tuple[float, float, float]:
         """Bytes left beside a micro-batch, bytes per clean token, bytes per audited position."""
         sizes = self.sizes
-        worlds = sum(worlds_per_row(i, sizes.top_k) for i in interventions) + 2.0 / self.identity_every
+        worlds = sum(worlds_per_row(i, sizes.top_k) for i in interventions) + 1.0 / self.identity_every
         # In sequence scope worlds come and go; all clean layers stay until the sequence is done.
         held = len(layers) if scope == "token" else 4
         kept = 1 if scope == "token" else len(self.model.layers)
         left = self._working - micro_batch * sizes.row_bytes(length)
         clean = sizes.clean_bytes() * kept
-        # Repeats come when the sweep is done, but its outcomes and baseline are still held.
-        audited = (1.0 + 1.0 / self.identity_every) * sizes.audited_bytes() + sizes.virtual_bytes() * worlds * held
+        audited = sizes.audited_bytes() + sizes.virtual_bytes() * worlds * held
         if attribution:  # gradients come before the sweep and take its place; what stays of them is one row per layer
             left -= sizes.gradient_row_bytes(length, min(layers))
             clean += sizes.gradient_bytes(min(layers))
@@ -272,8 +271,9 @@ class Engine:
         result = self._compute(request, micro_batch)
         chosen = choose(result, request)
         if chosen:
+            again, chosen = request_again(request, chosen)
             with other_rounding(self.model, request.seed):
-                result.repeats = paired(chosen, self._compute(request_again(request, chosen), micro_batch))
+                result.repeats = paired(chosen, self._compute(again, micro_batch))
         return result
 
     def _compute(self, request: Request, micro_batch: int) -> Result:

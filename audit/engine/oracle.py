@@ -62,7 +62,7 @@ class _Oracle:
         empty = Outcomes.empty(0, torch.float64, request.rows_M.device)
         outcomes = Outcomes.joined(found, empty)
         # Nothing is computed in another batch shape here, so an identity world cannot be routed otherwise.
-        return Result(effects, baseline, outcomes, torch.zeros_like(outcomes.top1_flip), skipped)
+        return Result(effects, baseline.scores, outcomes, torch.zeros_like(outcomes.top1_flip), skipped)
 
     # ---- which worlds -----------------------------------------------------------------------------------------------
 

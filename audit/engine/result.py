@@ -18,7 +18,7 @@ from audit.calibration import Calibration
 from audit.engine.worlds import IDENTITY, Criteria, Routed, Worlds
 from audit.interventions import NEEDS_CALIBRATION, Intervention, Scope
 from audit.models.discovery import Site
-from audit.outcomes import Baseline, Outcomes
+from audit.outcomes import BaselineScores, Outcomes
 
 
 class Key(NamedTuple):
@@ -198,8 +198,8 @@ class Result:
     """Effects in order; row i of ``outcomes`` belongs to effect i counted through all of ``effects``."""
 
     effects: list[Effects]
-    baseline: Baseline
+    baseline: BaselineScores
     outcomes: Outcomes
     changed_P: Tensor  # bool: an identity world that was routed to other experts somewhere above
     skipped: int = 0  # targets with nothing to act upon
-    repeats: Repeats | None = None  # None where no routed expert was acted upon at a control
+    repeats: Repeats | None = None  # None where nothing was chosen to be repeated

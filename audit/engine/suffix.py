@@ -23,7 +23,7 @@ from audit.interventions import Intervention
 from audit.models.moe_model import MoEModel
 from audit.models.rows import Rows
 from audit.models.seam import replaced
-from audit.outcomes import Baseline, Outcomes
+from audit.outcomes import BaselineScores, Outcomes
 
 
 def suffix(model: MoEModel, request: Request, micro_batch: int) -> Result:
@@ -90,7 +90,7 @@ class _OneSequence:
         nothing = torch.empty(0, dtype=torch.bool, device=self.rows_M.device)
         return Result(
             effects,
-            readout.baseline,
+            readout.baseline.scores,
             Outcomes.joined(outcomes, readout.empty(0)),
             torch.cat([*changed, nothing]),
             skipped,
@@ -172,7 +172,7 @@ class _OneSequence:
 def _together(results: list[Result]) -> Result:
     """The results of several sequences as one; parents are numbered on."""
     effects = [effect for result in results for effect in result.effects]
-    baseline = Baseline.joined([r.baseline for r in results])
+    baseline = BaselineScores.joined([r.baseline for r in results])
     outcomes = Outcomes.joined([r.outcomes for r in results], results[0].outcomes)
     return Result(
         effects, baseline, outcomes, torch.cat([r.changed_P for r in results]), sum(r.skipped for r in results)

@@ -77,7 +77,7 @@ def sweep(model: MoEModel, request: Request, micro_batch: int, gradients: LossGr
     order, row_P = virtual.by_position(), torch.searchsorted(request.rows_M, virtual.parent_P[: virtual.alive])
     for place_R in torch.split(order, micro_batch):
         readout.read(virtual.hidden_PD[place_R], row_P[place_R], outcomes, place_R)
-    return Result(effects, readout.baseline, outcomes, virtual.changed_P[: virtual.alive], skipped)
+    return Result(effects, readout.baseline.scores, outcomes, virtual.changed_P[: virtual.alive], skipped)
 
 
 def _worlds(request: Request, layer: int, routed: Routed) -> list[Worlds]:

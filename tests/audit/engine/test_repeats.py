@@ -19,8 +19,8 @@ from audit.engine import rounding as rounding_module
 from audit.engine.rounding import moved, other_rounding
 from audit.interventions import Intervention, Target
 
-SEQUENCES = texts((9, 4), 71, first=2)
-POSITIONS = [np.arange(9), np.array([1, 3])]
+SEQUENCES = texts((4, 9, 3, 5), 71, first=3)  # numbers 4 and 6 are every second
+POSITIONS = [np.array([1, 3]), np.arange(9), np.array([0]), np.array([1, 2, 4])]
 ASKED = [Intervention("reroute"), Intervention("zero"), Intervention("zero", Target("all"))]
 KEY = ["sequence", "position", "layer", "unit", "intervention", "target", "expert", "draw"]
 SCOPES = ["token", "sequence"]
@@ -77,28 +77,25 @@ def test_numbers_move_by_one_unit_in_the_last_place(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("method", ["sweep", "oracle"])
 def test_one_effect_per_token_and_layer_is_repeated(method: str) -> None:
-    """Of the first intervention, at every second of the 11 audited tokens."""
+    """Of the first intervention, in every second sequence."""
     effects = measured(method=method)
     repeated = effects[effects["repeated"]]
-    at = [(2, 0), (2, 2), (2, 4), (2, 6), (2, 8), (3, 3)]
-    want = sorted((sequence, position, layer) for sequence, position in at for layer in (1, 3))
+    at = [*((4, position) for position in range(9)), (6, 1), (6, 2), (6, 4)]
+    want = [(sequence, position, layer) for sequence, position in at for layer in (1, 3)]
     assert sorted(repeated[["sequence", "position", "layer"]].itertuples(index=False, name=None)) == want
     assert set(repeated["intervention"]) == {"reroute"}
     assert set(repeated["unit"]) == {"expert"}
     assert set(repeated["slot"]) == {0, 1}  # not always the same
-    last = [(s, t) in {(2, 8), (3, 3)} for s, t in zip(repeated["sequence"], repeated["position"], strict=True)]
+    last = [(s, t) in {(4, 8), (6, 4)} for s, t in zip(repeated["sequence"], repeated["position"], strict=True)]
     for name in REPEATED:
-        without = last if name in ("delta_loss", "delta_logit") else [False] * 12
+        without = last if name in ("delta_loss", "delta_logit") else [False] * 24
         assert repeated[f"repeat_{name}"].isna().tolist() == without
         assert effects[~effects["repeated"]][f"repeat_{name}"].isna().all()
 
 
 def test_one_expert_per_sequence_and_layer_is_repeated_where_it_is_read() -> None:
     effects = measured("sequence")
-    at = effects["position"].isin([0, 2, 4, 6, 8]) & (effects["sequence"] == 2) | (effects["position"] == 3) & (
-        effects["sequence"] == 3
-    )
-    first = effects[(effects["intervention"] == "reroute") & at]
+    first = effects[(effects["intervention"] == "reroute") & (effects["sequence"].isin([4, 6]))]
     for _, rows in first.groupby(["sequence", "layer"]):
         experts = rows[rows["repeated"]]["expert"].unique()
         assert len(experts) == 1
@@ -165,9 +162,9 @@ def test_a_token_that_is_routed_otherwise_has_no_repeat(monkeypatch: pytest.Monk
     monkeypatch.setattr(rounding_module, "moved", random)
     effects = measured(asked=[Intervention("zero")])
     repeated = effects[effects["repeated"]]
-    assert len(repeated) == 12
+    assert len(repeated) == 24
     lost = repeated["repeat_kl"].isna()
-    assert 0 < lost.sum() < 12
+    assert 0 < lost.sum() < 24
     for name in REPEATED:
         assert repeated[lost][f"repeat_{name}"].isna().all()
 
