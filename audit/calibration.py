@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 import safetensors.torch
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor
 from audit.observations.accumulate import Observations
 from audit.observations.hashing import hash_words, token_key
 from audit.observations.reservoir import LayerReservoir, Reservoir
+from audit.storage import Storage
 
 OBSERVATIONS_FILE = "observations.parquet"
 RESERVOIR_FILE = "reservoir.safetensors"
@@ -124,35 +125,35 @@ class Calibration:
     def save(self, folder: str | Path) -> None:
         """Write observations.parquet and, with a reservoir, reservoir.safetensors to a local folder or fsspec URL.
 
-        The observations are written last: where they lie, the folder is complete.
+        Raises audit.storage.StorageError. The observations are written last: where they lie, the folder is complete.
         """
-        system, path = fsspec.core.url_to_fs(str(folder))
-        system.makedirs(path, exist_ok=True)
+        storage = Storage(str(folder))
+        storage.make_folder()
         if self.stored is not None:
             stored = self.stored
             tensors = {name: torch.tensor(getattr(stored, name)) for name in ("experts", "size", "seed")}
             for layer, held in stored.layers.items():
                 tensors[f"{layer}.output"] = stored.contents(layer)[0].contiguous()
                 tensors[f"{layer}.priority"] = held.priority_ES.sort(dim=1).values
-            with system.open(f"{path}/{RESERVOIR_FILE}", "wb") as file:
-                file.write(safetensors.torch.save(tensors))
-        with system.open(f"{path}/{OBSERVATIONS_FILE}", "wb") as file:
-            pq.write_table(self.observations.to_table(), file, compression="zstd")
+            storage.write(RESERVOIR_FILE, safetensors.torch.save(tensors))
+        sink = pa.BufferOutputStream()
+        pq.write_table(self.observations.to_table(), sink, compression="zstd")
+        storage.write(OBSERVATIONS_FILE, sink.getvalue().to_pybytes())
 
     @classmethod
     def load(cls, folder: str | Path) -> Calibration:
         """What ``save`` wrote, in host memory. Raises ValueError where the folder holds no calibration."""
-        system, path = fsspec.core.url_to_fs(str(folder))
-        if not system.exists(f"{path}/{OBSERVATIONS_FILE}"):
+        storage = Storage(str(folder))
+        content = storage.read(OBSERVATIONS_FILE)
+        if content is None:
             raise ValueError(
                 f"calibration: {folder} has no {OBSERVATIONS_FILE}; name the folder a calibration was saved to"
             )
-        with system.open(f"{path}/{OBSERVATIONS_FILE}", "rb") as file:
-            observations = Observations.from_table(pq.read_table(file))
-        if not system.exists(f"{path}/{RESERVOIR_FILE}"):
+        observations = Observations.from_table(pq.read_table(pa.BufferReader(content)))
+        reservoir = storage.read(RESERVOIR_FILE)
+        if reservoir is None:
             return cls(observations)
-        with system.open(f"{path}/{RESERVOIR_FILE}", "rb") as file:
-            tensors = safetensors.torch.load(file.read())
+        tensors = safetensors.torch.load(reservoir)
         stored = Reservoir(*(int(tensors.pop(name)) for name in ("experts", "size", "seed")))
         for layer in sorted({int(name.split(".")[0]) for name in tensors}):
             stored.layers[layer] = LayerReservoir(tensors[f"{layer}.priority"], tensors[f"{layer}.output"])

@@ -4,44 +4,47 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 
 import pyarrow.parquet as pq
+import ray.exceptions
 
-from audit.runfolder import SCHEMAS, Manifest, RunFolder
-from cluster.driver import ResultsLostError, RunError
-from cluster.replica import Handle, Result
+from audit.runfolder import Manifest, RunFolder
+from audit.storage import NoAnswerError, StorageError, failure, retried
+from cluster.commits import ResultsLostError
+from cluster.driver import RunError
+from cluster.group import Handle, Result
+from cluster.parquet_sink import Written, is_lost, write_tables
+from cluster.worker import TABLES
 
-TABLES = tuple(SCHEMAS)
+_FOOTERS = 16  # read at once
 
-WriteTables = Callable[[Sequence[Handle], RunFolder, str], None]
+WriteTables = Callable[[Sequence[Handle], RunFolder, str], Sequence[Written]]
 """Write the tables behind the handles as Parquet files into a folder (relative to the run folder)."""
-
-
-class UnwrittenError(Exception):
-    """Tables could not be written. ``lost``: the handles whose tables are gone; empty where storage is at fault."""
-
-    def __init__(self, reason: str, lost: Sequence[Handle]) -> None:
-        super().__init__(reason)
-        self.lost = lost
 
 
 @dataclass(frozen=True, slots=True)
 class FolderCommitter:
-    """Commits into a run folder."""
+    """Commits into a run folder. ``say`` is told what is tried again."""
 
     folder: RunFolder
     run: str
-    write_tables: WriteTables
+    say: Callable[[str], None] = lambda text: None
+    write_tables: WriteTables = write_tables
+    is_lost: Callable[[Handle], bool] = is_lost
 
     def commit(self, results: Sequence[Result]) -> None:
-        """Raises ResultsLostError (run those tasks again) or RunError (storage refuses, or rows do not add up)."""
-        commit = f"c-{uuid.uuid4().hex[:12]}"
+        """Raises ResultsLostError (run those tasks again), StorageError (storage refuses), or RunError (rows do not add
+        up). After each of them nothing was committed, but for a manifest that storage wrote and did not confirm.
+        """
         files: dict[str, list[str]] = {}
+        commit = f"c-{uuid.uuid4().hex[:12]}"
         for table in TABLES:
             holders = [result for result in results if result.receipt["rows"].get(table)]
             if holders:
-                files[table] = self._write(table, commit, holders)
+                files[table] = retried(lambda: self._write(table, commit, holders), self.folder.url, self.say)  # noqa: B023 -- called at once
         folders = [str(result.receipt["folder"]) for result in results if result.receipt.get("folder")]
         if folders:
             files["observations"] = folders
@@ -50,17 +53,42 @@ class FolderCommitter:
     def _write(self, table: str, commit: str, holders: Sequence[Result]) -> list[str]:
         target = f"{table}/{commit}"
         try:
-            self.write_tables([result.tables[table] for result in holders], self.folder, target)
-        except UnwrittenError as error:
-            if error.lost:
-                lost = [result.task for result in holders if result.tables[table] in error.lost]
-                raise ResultsLostError(lost) from error
-            raise RunError(f"{self.folder.path(target)} could not be written: {error}") from error
-        paths = self.folder.list_files(target)
+            written = self.write_tables([result.tables[table] for result in holders], self.folder, target)
+            self._verify(target, written, sum(int(result.receipt["rows"][table]) for result in holders))
+            named = sorted(file.name for file in written)
+            self.folder.delete([name for name in self.folder.list_files(target) if name not in named])
+            return named
+        except Exception as error:
+            with suppress(StorageError):  # the next run deletes what is left
+                self.folder.delete([target])
+            if isinstance(error, RunError):
+                raise
+            if refused := failure(error, self.folder.url):
+                raise refused from error
+            if isinstance(error, ray.exceptions.RayError):
+                lost = [result.task for result in holders if self.is_lost(result.tables[table])]
+                if lost:
+                    raise ResultsLostError(lost) from error
+                place, reason = self.folder.path(target), " ".join(str(error).split())[-300:]
+                if isinstance(error, ray.exceptions.RayTaskError):
+                    raise RunError(f"{place} could not be written: {reason}") from error
+                raise NoAnswerError(f"{place} could not be written, its writer is gone: {reason}") from error
+            raise
+
+    def _verify(self, target: str, written: Sequence[Written], expected: int) -> None:
         filesystem = self.folder.arrow_filesystem()
-        written = sum(pq.read_metadata(self.folder.path(path), filesystem=filesystem).num_rows for path in paths)
-        expected = sum(int(result.receipt["rows"][table]) for result in holders)
-        if written != expected:
+
+        def rows(file: Written) -> int:
+            return int(pq.read_metadata(self.folder.path(file.name), filesystem=filesystem).num_rows)
+
+        try:
+            with ThreadPoolExecutor(_FOOTERS) as threads:
+                found = sum(threads.map(rows, written))
+        except FileNotFoundError as error:
+            raise RunError(
+                f"{self.folder.path(target)} was written by another machine and is not seen here; name a folder that "
+                "all machines share, or a URL such as s3://bucket/run1"
+            ) from error
+        if found != expected:
             place = self.folder.path(target)
-            raise RunError(f"{place} holds {written} rows, the receipts say {expected}; nothing was committed")
-        return paths
+            raise RunError(f"{place} holds {found} rows, the receipts say {expected}; nothing was committed")

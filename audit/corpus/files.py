@@ -50,8 +50,8 @@ def find_files(path: str, folder: Path, field: str, suffixes: Sequence[str] | No
         return Found([SourceFile(system, root, PurePosixPath(root).name)], 0, 0)
     if system.isdir(root):
         base, candidates, kind = str(PurePosixPath(root).parent), system.find(root), f"folder {url!r} holds no file"
-    elif any(sign in path for sign in _PATTERN):
-        base = str(PurePosixPath(root[: min(root.find(sign) for sign in _PATTERN if sign in root)] + "x").parent)
+    elif is_pattern(path):
+        base = fixed_part(root)
         candidates, kind = [f for f in system.glob(root) if system.isfile(f)], f"pattern {url!r} matches no file"
         suffixes = None
     else:
@@ -64,3 +64,13 @@ def find_files(path: str, folder: Path, field: str, suffixes: Sequence[str] | No
         raise ConfigError(f"{field}: {path!r} gives no text: the {kind}{ending}; name a file, a folder or a pattern")
     files = [SourceFile(system, file, name) for file, name in wanted.items()]
     return Found(files, len(names) - len(visible), len(visible) - len(wanted))
+
+
+def is_pattern(path: str) -> bool:
+    """Whether a path that does not exist is meant as a pattern."""
+    return any(sign in path for sign in _PATTERN)
+
+
+def fixed_part(pattern: str) -> str:
+    """The folder that everything a pattern matches lies in."""
+    return str(PurePosixPath(pattern[: min(pattern.find(sign) for sign in _PATTERN if sign in pattern)] + "x").parent)

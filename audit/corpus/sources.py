@@ -24,8 +24,12 @@ from audit.corpus.files import Found, SourceFile, find_files
 from audit.demo.text import held_out
 from audit.documents import Document
 
-_JSONL = (".jsonl", ".jsonl.gz", ".ndjson")
-_COLUMNAR = (".parquet", ".arrow", ".feather")
+# Which files of a folder are read, by the source's kind; None for all.
+SUFFIXES: Mapping[str, tuple[str, ...] | None] = {
+    "text": None,
+    "jsonl": (".jsonl", ".jsonl.gz", ".ndjson"),
+    "parquet": (".parquet", ".arrow", ".feather"),
+}
 
 AnySource = DemoSource | TextSource | JsonlSource | ParquetSource | DatasetsSource
 RowSource = JsonlSource | ParquetSource | DatasetsSource
@@ -75,8 +79,7 @@ def _stream(source: AnySource, field: str, folder: Path, counts: Counter[str]) -
         return _demo(source, field, counts)
     if isinstance(source, DatasetsSource):
         return _datasets(source, field, folder)
-    suffixes = {"text": None, "jsonl": _JSONL, "parquet": _COLUMNAR}[source.kind]
-    found = find_files(source.path, folder, f"{field}.path", suffixes)
+    found = find_files(source.path, folder, f"{field}.path", SUFFIXES[source.kind])
     counts["hidden_files"] += found.hidden
     counts["other_files"] += found.other
     if isinstance(source, TextSource):

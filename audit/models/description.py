@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from audit.models.discovery import ModelError, Site, decoder_layers, find_sites
-from audit.models.sources import first_sentence, resolve_source
+from audit.models.sources import first_sentence, refuse_code, resolve_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,14 @@ class ModelDescription:
     notes: list[str] = field(default_factory=list)
 
 
-def describe(source: str, *, revision: str | None = None, trust_remote_code: bool = False) -> ModelDescription:
-    """What a checkpoint holds, from its configuration alone: no weights are read, no memory is taken."""
-    path = resolve_source(source)
+def describe(
+    source: str, *, files: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelDescription:
+    """What a checkpoint holds, from its configuration alone: no weights are read, no memory is taken.
+
+    ``files``: the folder that the files of a ``source`` which is a URL were fetched to.
+    """
+    path = resolve_source(source, files)
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
@@ -46,6 +51,7 @@ def describe(source: str, *, revision: str | None = None, trust_remote_code: boo
                 config, trust_remote_code=trust_remote_code, attn_implementation="eager"
             )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        refuse_code(source, error)
         raise ModelError(
             f"model.source: {source!r} cannot be read ({first_sentence(error)}); name a folder with a checkpoint "
             "or a hub model"

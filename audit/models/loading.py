@@ -31,6 +31,7 @@ from audit.models.sources import (
 def load_model(
     source: str,
     *,
+    files: str | None = None,
     revision: str | None = None,
     dtype: str = "float32",
     device: str = "auto",
@@ -41,17 +42,20 @@ def load_model(
 ) -> MoEModel:
     """Load a checkpoint from a folder, the hub, or the embedded one (``source="demo"``).
 
+    ``files``: the folder that the files of a ``source`` which is a URL were fetched to.
+
     Raises ModelError, one sentence, where the checkpoint cannot be read or is not a model that can be audited.
     """
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype: {dtype!r} is unknown; known are {', '.join(DTYPES)}")
     place = resolve_device(device)
-    path = resolve_source(source)
+    path = resolve_source(source, files)
     options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
     # The library's default experts code refuses float64, and on a CPU its plain loop is the faster of the two.
     implementation = "eager" if place.type == "cpu" or dtype == "float64" else None
     module = load_module(
-        source, dtype=DTYPES[dtype], use_safetensors=None if allow_pickle else True, attn_implementation="eager",
+        source, files=files, dtype=DTYPES[dtype], use_safetensors=None if allow_pickle else True,
+        attn_implementation="eager",
         **({"experts_implementation": implementation} if implementation else {}), **options,
     )  # fmt: skip
     tokenizer = load_tokenizer(path, **options)

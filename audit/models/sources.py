@@ -14,10 +14,14 @@ from audit.models.discovery import ModelError
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def resolve_source(source: str) -> str:
-    """The folder or hub name behind ``model.source``. Raises ModelError for a path that is not there."""
+def resolve_source(source: str, files: str | None = None) -> str:
+    """The folder or hub name behind ``model.source``; of a URL the folder that its ``files`` were fetched to.
+
+    Raises ModelError for a path that is not there.
+    """
     if source == "demo":
         return str(CHECKPOINT)
+    source = files or source
     looks_like_path = source.startswith((".", "/", "~")) or source.count("/") > 1 or Path(source).expanduser().exists()
     if looks_like_path:
         folder = Path(source).expanduser()
@@ -54,15 +58,31 @@ def load_tokenizer(path: str, **options: Any) -> Any:
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
-def load_module(source: str, **options: Any) -> Any:
+def load_module(source: str, *, files: str | None = None, **options: Any) -> Any:
     """The model of a checkpoint by the library's own loader. Raises ModelError, one sentence, where it cannot be."""
-    path = resolve_source(source)
+    path = resolve_source(source, files)
     try:
-        return AutoModelForCausalLM.from_pretrained(path, **options)
+        module, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     except (OSError, ValueError, KeyError, RuntimeError) as error:
+        refuse_code(source, error)
         raise ModelError(
             f"model.source: {source!r} cannot be loaded ({first_sentence(error)}); name a folder with a "
-            "safetensors checkpoint or a hub model"
+            "safetensors checkpoint or a hub model (pickled weights can run code: model.allow_pickle: true reads them)"
+        ) from error
+    if lacking := sorted(found["missing_keys"]):  # the library fills them at random, and only warns
+        raise ModelError(
+            f"model.source: {source!r} lacks {len(lacking)} of the model's weights, such as {lacking[0]}; it takes a "
+            "checkpoint that is complete and of the model's own code"
+        )
+    return module
+
+
+def refuse_code(source: str, error: BaseException) -> None:
+    """Raise ModelError where the library refused to run code that comes with a checkpoint."""
+    if "trust_remote_code" in str(error):
+        raise ModelError(
+            f"model.trust_remote_code: false, but {source!r} comes with code of its own, which loading it would run; "
+            "read that code, and say true where you trust it"
         ) from error
 
 

@@ -6,6 +6,7 @@ import pandas as pd
 from torch import Tensor
 
 from audit.models.discovery import Site
+from audit.models.expert_slices import expert_weights
 from audit.models.moe_model import MoEModel
 from audit.observations import weight_statistics
 
@@ -17,9 +18,7 @@ def weight_metrics(model: MoEModel) -> pd.DataFrame:
         router = _router_matrix(site)
         if router is None:
             return pd.DataFrame(columns=["layer", "expert"])
-        stacked = [p for p in site.experts.parameters(recurse=False) if p.dim() == 3]
-        experts = ([p[expert] for p in stacked] for expert in range(site.num_experts))
-        frames.append(weight_statistics(layer, router, experts))
+        frames.append(weight_statistics(layer, router, expert_weights(site.experts, site.num_experts)))
     return pd.concat(frames, ignore_index=True)
 
 

@@ -47,6 +47,7 @@ def prune_by_metric(
     *,
     keep: int,
     out: Path,
+    files: str | None = None,
     revision: str | None = None,
     dtype: str | None = None,
     seed: int = 0,
@@ -55,10 +56,11 @@ def prune_by_metric(
 
     ``metric_table`` as in ``results/metrics.parquet``, over every MoE layer; order and ties as in ``RemovalOrders``. A
     router with expert groups keeps the same number of the best of each group, because its groups are of one size.
+    ``files``: the folder that the files of a ``source`` which is a URL were fetched to.
     Raises ValueError, one sentence, as :func:`write_pruned` does and where the metric lacks values.
     """
     _check_out(out)
-    model = _load(source, revision, dtype)
+    model = _load(source, files, revision, dtype)
     limits = _limits(model)
     orders = RemovalOrders(metric_table, limits, seed)
     kept = {}
@@ -73,7 +75,7 @@ def prune_by_metric(
     criterion = f"the experts kept are the {keep} of each layer that the metric `{metric}` ranks highest"
     if any(limit.groups > 1 for limit in limits.values()):
         criterion += ", the same number of each expert group"
-    return _write(model, source, revision, kept, out, criterion)
+    return _write(model, source, files, revision, kept, out, criterion)
 
 
 def write_pruned(
@@ -93,7 +95,7 @@ def write_pruned(
     configuration has one), fewer than a token is routed to, or uneven groups; the checkpoint is quantized.
     """
     _check_out(out)
-    model = _load(source, revision, dtype)
+    model = _load(source, None, revision, dtype)
     kept: dict[int, tuple[int, ...]] = {}
     limits = _limits(model)
     if unknown := sorted(set(removed) - set(limits)):
@@ -119,14 +121,14 @@ def write_pruned(
                 f"removed: the expert groups of layer {layer} would keep {per_group} experts; groups are of one size, "
                 "remove equally many from each"
             )
-    return _write(model, source, revision, kept, out, criterion)
+    return _write(model, source, None, revision, kept, out, criterion)
 
 
-def _load(source: str, revision: str | None, dtype: str | None) -> Any:
+def _load(source: str, files: str | None, revision: str | None, dtype: str | None) -> Any:
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"model.dtype: {dtype!r} is unknown; known are {', '.join(DTYPES)}")
     model = load_module(
-        source, revision=revision, dtype="auto" if dtype is None else DTYPES[dtype], use_safetensors=True
+        source, files=files, revision=revision, dtype="auto" if dtype is None else DTYPES[dtype], use_safetensors=True
     )
     if getattr(model.config, "quantization_config", None) is not None:
         raise ValueError(f"model.source: {source!r} is quantized; only checkpoints of plain numbers can be pruned")
@@ -159,9 +161,15 @@ def _check_keep(keep: int, limit: RouterLimits) -> None:
 
 
 def _write(
-    model: Any, source: str, revision: str | None, kept: Mapping[int, tuple[int, ...]], out: Path, criterion: str
+    model: Any,
+    source: str,
+    files: str | None,
+    revision: str | None,
+    kept: Mapping[int, tuple[int, ...]],
+    out: Path,
+    criterion: str,
 ) -> PrunedCheckpoint:
-    tokenizer = load_tokenizer(resolve_source(source), revision=revision)
+    tokenizer = load_tokenizer(resolve_source(source, files), revision=revision)
     bytes_before = _bytes(model)
     changes = _slice(model, kept)
     notes = () if tokenizer is not None else ("the source has no tokenizer that could be read; none was written",)

@@ -57,7 +57,15 @@ DEFAULTS = {
         "linear": "auto",
         "identity_every": 8,
     },
-    "cluster": {"replicas": "auto", "task_minutes": 0.25, "max_attempts": 3, "hang_minutes": 30.0},
+    "cluster": {
+        "min_groups": 1,
+        "max_groups": "auto",
+        "target_minutes": None,
+        "ranks": 1,
+        "task_minutes": 0.25,
+        "max_attempts": 3,
+        "hang_minutes": 30.0,
+    },
 }
 
 
@@ -227,7 +235,11 @@ def test_interventions_are_those_of_the_science(tmp_path: Path) -> None:
         ("positions: {sample: 0}", ["positions.sample", "0", "at least 1"]),
         ("cluster: {task_minutes: 0}", ["cluster.task_minutes", "0", "above 0"]),
         ("cluster: {hang_minutes: .nan}", ["cluster.hang_minutes", "nan", "above 0"]),
-        ("cluster: {replicas: 0}", ["cluster.replicas", "0", "at least 1"]),
+        ("cluster: {max_groups: 0}", ["cluster.max_groups", "0", "at least 1"]),
+        ("cluster: {min_groups: -1}", ["cluster.min_groups", "-1", "at least 0"]),
+        ("cluster: {min_groups: 3, max_groups: 2}", ["cluster.min_groups", "3", "max_groups, 2", "at most"]),
+        ("cluster: {target_minutes: 0}", ["cluster.target_minutes", "0", "above 0"]),
+        ("cluster: {ranks: 0}", ["cluster.ranks", "0", "at least 1"]),
         ("calibration: {share: 1}", ["calibration.share", "1", "below 1"]),
         ("interventions: [{target: {highest: 0}}]", ["interventions.0.target.highest", "0", "at least 1"]),
         ("interventions: [{kind: resample, draws: 0}]", ["interventions.0.draws", "0", "1 or more"]),
@@ -337,5 +349,7 @@ def test_checkpoints_are_looked_for_from_the_folder_of_the_file(tmp_path: Path) 
 
 
 def test_every_configuration_that_is_shipped_loads() -> None:
-    names = {path.stem: AuditConfig.load(path).name for path in CONFIGS.rglob("*.yaml")}
+    names = {
+        path.stem: AuditConfig.load(path).name for path in CONFIGS.rglob("*.yaml") if path.parent.name != "cluster"
+    }
     assert set(names) >= {"demo", "importance", "custom_text", "olmoe", "qwen1_5_moe", "deepseek_v2_lite"}

@@ -69,14 +69,6 @@ def test_every_family_is_described_without_its_weights(family: str, tmp_path: Pa
     assert [getattr(found, n) for n in names] == [getattr(loaded, n) for n in names]
 
 
-def test_pickled_weights_are_refused_unless_allowed(tmp_path: Path) -> None:
-    module = build("olmoe", 1, torch.float32)
-    module.config.save_pretrained(tmp_path)
-    torch.save(module.state_dict(), tmp_path / "pytorch_model.bin")
-    with pytest.raises(ModelError, match=r"model\.source: .* cannot be loaded .*safetensors"):
-        load_model(str(tmp_path))
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [

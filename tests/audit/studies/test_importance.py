@@ -13,7 +13,7 @@ from scipy import stats
 
 from audit.statistics.cells import Settings
 from audit.studies.active_experts import OUTCOMES, active_experts
-from audit.studies.importance import PREDICTED, Cell, LayerStudy, Question, study_layer
+from audit.studies.importance import PREDICTED, CandidateStudy, Cell, Question, study_layer
 from audit.studies.importance_tables import importance_tables
 
 CELL = Cell(model="m", layer=3, intervention="zero", scope="token")
@@ -25,12 +25,13 @@ NOTHING = made_metrics(3, {"reap": np.zeros(12)})[:0]
 
 def study(
     rows: pd.DataFrame, metrics: pd.DataFrame, noise: pd.DataFrame | None = None, question: Question = QUESTION
-) -> LayerStudy:
-    return study_layer(active_experts(rows), metrics, made_noise(0) if noise is None else noise, CELL, question)
+) -> list[CandidateStudy]:
+    noise = made_noise(0) if noise is None else noise
+    return list(study_layer(active_experts(rows), metrics, noise, CELL, question))
 
 
-def cells(found: LayerStudy, question: Question = QUESTION) -> pd.DataFrame:
-    return importance_tables([found], question)["cells"].set_index(["metric", "outcome"])
+def cells(found: list[CandidateStudy], question: Question = QUESTION) -> pd.DataFrame:
+    return importance_tables(found, question)["cells"].set_index(["metric", "outcome"])
 
 
 def score_of(rows: pd.DataFrame, metric: str) -> pd.Series:
@@ -142,7 +143,9 @@ def test_the_noise_floor_is_the_quantile_of_the_identity_rows() -> None:
 def test_correlations_are_scipys_token_by_token() -> None:
     rows = made_effects(6).drop(index=[30])  # one token is not measured whole
     rows.loc[50, "kl"] = np.inf
-    found = pd.DataFrame(study(rows, made_metrics(3, VALUES)).correlations).set_index(["metric", "outcome"])
+    found = pd.DataFrame([row for one in study(rows, made_metrics(3, VALUES)) for row in one.correlations]).set_index(
+        ["metric", "outcome"]
+    )
     for metric in ("utilization", "contribution_norm"):
         line = found.loc[(metric, "kl")]
         rho, tau, hits, chance, constant = [], [], [], [], 0
@@ -208,7 +211,7 @@ def test_odd_data_give_a_reason(name: str) -> None:
     rows, values, reason = ODD[name]
     question = replace(QUESTION, contrasts=True)
     found = study(rows, made_metrics(3, {"reap": values}), question=question)
-    tables = importance_tables([found], question)
+    tables = importance_tables(found, question)
     cell = tables["cells"].set_index(["metric", "outcome"]).loc[("reap", "kl")]
     assert cell["verdict"] == "not estimable"
     assert reason in cell["reason"]

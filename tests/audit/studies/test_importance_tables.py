@@ -13,7 +13,7 @@ from made_effects import made_effects, made_metrics, made_noise, plain_pairs
 from audit.statistics.cells import Settings
 from audit.studies.active_experts import active_experts
 from audit.studies.contrasts import cells_of, pooled_of, read_contrasts
-from audit.studies.importance import Cell, LayerStudy, Question, study_layer
+from audit.studies.importance import CandidateStudy, Cell, Question, study_layer
 from audit.studies.importance_tables import importance_tables
 
 LAYERS = (0, 2)
@@ -45,8 +45,8 @@ def layer_metrics(layer: int) -> pd.DataFrame:
     )
 
 
-def studies(order: int | None = None, question: Question = QUESTION) -> list[LayerStudy]:
-    """Of every layer; with ``order``, every table that goes in is shuffled, and so are the layers."""
+def studies(order: int | None = None, question: Question = QUESTION) -> list[CandidateStudy]:
+    """Of every layer; with ``order``, every table that goes in is shuffled, and so is what they give."""
     metrics = pd.concat(map(layer_metrics, LAYERS))
     found = []
     for layer in LAYERS:
@@ -54,7 +54,7 @@ def studies(order: int | None = None, question: Question = QUESTION) -> list[Lay
         if order is not None:
             rows, noise, metrics = (frame.sample(frac=1, random_state=order) for frame in (rows, noise, metrics))
         cell = Cell(model="m", layer=layer, intervention="zero", scope="token")
-        found.append(study_layer(active_experts(rows), metrics, noise, cell, question))
+        found += study_layer(active_experts(rows), metrics, noise, cell, question)
     return found if order is None else [found[i] for i in np.random.default_rng(order).permutation(len(found))]
 
 

@@ -17,7 +17,7 @@ from audit.models import prepare
 from audit.models.weights import weight_metrics
 from audit.statistics.cells import Settings, cell_table
 from audit.studies.active_experts import COLUMNS, active_experts
-from audit.studies.importance import Cell, LayerStudy, Question, study_layer
+from audit.studies.importance import CandidateStudy, Cell, Question, study_layer
 from audit.studies.importance_tables import importance_tables
 from audit.studies.observed import metric_table
 
@@ -43,11 +43,11 @@ def measured(seed: int) -> tuple[Mapping[int, int], pd.DataFrame, pd.DataFrame]:
     return planted.experts, metrics[metrics["domain"].isna()], found.effects.to_pandas()
 
 
-def study(effects: pd.DataFrame, metrics: pd.DataFrame, layer: int, question: Question) -> LayerStudy:
+def study(effects: pd.DataFrame, metrics: pd.DataFrame, layer: int, question: Question) -> list[CandidateStudy]:
     rows = effects[effects["layer"] == layer]
     single, noise = (rows[rows["unit"] == unit] for unit in ("expert", "identity"))
     cell = Cell(model="planted", layer=layer, intervention="zero", scope="token")
-    return study_layer(active_experts(single[list(COLUMNS)]), metrics, noise, cell, question)
+    return list(study_layer(active_experts(single[list(COLUMNS)]), metrics, noise, cell, question))
 
 
 def check_what_is_known(seed: int, rankings: int) -> None:
@@ -56,7 +56,9 @@ def check_what_is_known(seed: int, rankings: int) -> None:
     question = Question(
         outcomes=("delta_loss", "kl"), random_rankings=rankings, settings=Settings(bootstrap_draws=500, seed=seed)
     )
-    tables = importance_tables([study(effects, metrics, layer, question) for layer in range(LAYERS)], question)
+    tables = importance_tables(
+        [found for layer in range(LAYERS) for found in study(effects, metrics, layer, question)], question
+    )
     cells = tables["cells"].set_index(["metric", "outcome", "layer"]).sort_index()
     assert (cells["documents"].drop("identity") == AUDITED).all()
     for layer in range(LAYERS):
@@ -94,7 +96,9 @@ def check_arbitrary_rankings(seed: int, layers: int) -> None:
             }
         )
         metrics["label"] = metrics["metric"]
-        cells = cell_table(study(effects, metrics, layer, question).cells, question.settings)
+        cells = cell_table(
+            [row for found in study(effects, metrics, layer, question) for row in found.cells], question.settings
+        )
         cells = cells[cells["metric"].str.startswith("ranking ")]
         assert (cells["alpha_corrected"] == 0.05).all()
         found.append(cells)
