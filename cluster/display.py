@@ -20,17 +20,29 @@ class Status:
     """A moment of a stage. Rates are over this process's own work, not what an earlier one had committed."""
 
     stage: str
-    tasks_done: int
     tasks: int
+    waiting: int
+    running: int
+    answered: int  # have a result that is not committed yet
+    committed: int
+    quarantined: int
     share: float  # of the predicted cost, 0 to 1
     rows: int
     rows_per_second: float | None
     seconds_left: float | None
-    replicas: int
-    quarantined: int
+    group_seconds_left: float  # what one group alone would need for this stage and the later ones
+    groups_ready: int
+    groups_starting: int  # loading the model
+    groups_waiting: int  # for resources
+    losses: int  # groups lost since the driver began
+
+    @property
+    def tasks_done(self) -> int:
+        """Tasks that have a result."""
+        return self.answered + self.committed
 
     def record(self) -> dict[str, Any]:
-        return asdict(self)
+        return {**asdict(self), "tasks_done": self.tasks_done}
 
     def line(self) -> str:
         return f"{self.stage}: {self.tasks_done}/{self.tasks} tasks ({self.share:.0%}){self.figures()}"

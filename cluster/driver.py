@@ -1,30 +1,38 @@
-"""The driver: hands tasks to replicas, replaces what fails, gives results to the committer.
+"""The driver: holds as many groups as the work needs, hands tasks to them, replaces what fails, commits what comes.
 
 All recovery is decided here, in one loop that reads like a program on one machine:
 
 - a task that raises is tried again, then quarantined with the error's text;
-- a lost replica is replaced; the task it was running is blamed (see ``cluster.ledger``), one not ready blames nobody;
-- no answer within ``hang_seconds`` is a loss;
+- a lost group is replaced; the task it was running is blamed (see ``cluster.ledger``), one not ready blames nobody;
+- no answer within ``hang_seconds`` is a loss, waiting for resources is not;
 - too many losses in a row, or too many tasks given up, with nothing finished in between end the run.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
-from typing import Protocol
+from collections.abc import Callable, Container, Sequence
+from dataclasses import dataclass
 
 from audit.runfolder import RunFolder
-from cluster.display import Display
+from cluster.commits import Commits, Committer, ResultsLostError
+from cluster.display import Display, Status
+from cluster.group import Fleet, Group, GroupLostError, GroupUnreachableError, Result, TaskError
 from cluster.ledger import Ledger
+from cluster.losses import Loss, last_line
 from cluster.meter import Meter
-from cluster.replica import Fleet, Handle, Replica, ReplicaLostError, ReplicaUnreachableError, Result, TaskError
+from cluster.pool import Pool, Question
+from cluster.scaling import Scale, groups_wanted
 from cluster.tasks import Task
 
-_WAIT_SECONDS = 0.5  # how long the loop may sleep: the delay of a stop signal and of the progress bar
+_WAIT_SECONDS = 0.5  # how long the loop may sleep: the delay of a stop signal
+_COMMIT_SECONDS = 0.05  # and where only a commit is waited for
+_SHOW_SECONDS = 0.1  # between two looks at the bar
 _PROGRESS_SECONDS = 10.0  # between lines of progress.jsonl
+_IDLE_SECONDS = 60.0  # how long a group is kept that only a later stage has tasks for
+_SHORTAGE_SECONDS = 30.0, 300.0  # until it is said that groups wait for resources, and between two times
+_STARVED_SECONDS = 30.0  # so long a commit may run before it is asked whether it has a CPU, and between two times
 
 
 class RunError(Exception):
@@ -35,59 +43,32 @@ class Stopped(Exception):
     """Somebody asked the run to stop, and what was finished is committed."""
 
 
-class ResultsLostError(Exception):
-    """Results were gone before they could be committed."""
-
-    def __init__(self, tasks: Sequence[str]) -> None:
-        super().__init__(f"the results of {len(tasks)} tasks were lost with the node that held them")
-        self.tasks = tasks
-
-
-class Committer(Protocol):
-    def commit(self, results: Sequence[Result]) -> None:
-        """Make the results durable, all or none; raises ResultsLostError naming those whose tables are gone."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
     """When to give up and when to commit."""
 
     max_attempts: int = 3
     hopeless: int = 5  # so many quarantined tasks and not one result: it is not the tasks
-    hang_seconds: float = 1800.0
+    hang_seconds: float = 1800.0  # for a task, and for loading the model
     commit_results: int = 64
     commit_bytes: int = 256 << 20
     commit_seconds: float = 60.0
     relaunch_seconds: float = 1.0  # pause before a replacement, times the losses in a row
 
 
-def last_line(error: str) -> str:
-    """What a traceback says in the end."""
-    return error.strip().splitlines()[-1]
-
-
-@dataclass(slots=True, eq=False)
-class _Seat:
-    """A place for a replica: empty until ``due``, then starting (no task) or busy (task), or idle (no handle)."""
-
-    number: int
-    replica: Replica | None = None
-    handle: Handle = None
-    task: Task | None = None
-    since: float = 0.0
-    due: float = 0.0
-    launches: int = 0
-
-
-@dataclass(slots=True)
-class _Pending:
-    results: list[Result] = field(default_factory=list)
-    bytes: int = 0
-    since: float = 0.0
+@dataclass(frozen=True, slots=True)
+class _Stage:
+    name: str
+    ledger: Ledger
+    meter: Meter
+    later: int  # tasks of the stages to come
 
 
 class Driver:
-    """Runs stages of tasks on one fleet; its replicas, once loaded, serve every stage."""
+    """Runs stages of tasks on the groups of one fleet; a group that is loaded serves every stage.
+
+    ``record`` is told every status that is shown.
+    """
 
     def __init__(
         self,
@@ -95,184 +76,232 @@ class Driver:
         committer: Committer,
         folder: RunFolder,
         policy: Policy,
+        scale: Scale,
         display: Display,
         *,
         clock: Callable[[], float] = time.monotonic,
         stop: Callable[[], bool] = lambda: False,
+        record: Callable[[Status], None] = lambda status: None,
     ) -> None:
-        self._fleet, self._committer, self._folder = fleet, committer, folder
-        self._policy, self._display = policy, display
-        self._clock, self._stop = clock, stop
-        self._seats = [_Seat(number) for number in range(fleet.size)]
-        self._losses_in_a_row = 0
-        self._thread = ThreadPoolExecutor(1, "committer")  # commits overlap with work
-        self._commit: Future[None] | None = None
-        self._in_commit: list[Result] = []
-        self._pending = _Pending()
-        self._progress_written = float("-inf")
+        self._fleet, self._folder, self._policy, self._scale = fleet, folder, policy, scale
+        self._display, self._record, self._clock, self._stop = display, record, clock, stop
+        self._pool = Pool(fleet, clock=clock)
+        self._commits = Commits(
+            committer,
+            results=policy.commit_results,
+            size=policy.commit_bytes,
+            seconds=policy.commit_seconds,
+            clock=clock,
+        )
+        self._begun = clock()
+        self._losses = self._losses_in_a_row = 0
+        self._most_groups: int | None = None
+        self._say_shortage_at = self._begun + _SHORTAGE_SECONDS[0]
+        self._launch_after = self._look_again = self._shown = self._progress_written = -math.inf
 
-    def run(self, stage: str, tasks: Sequence[Task], done: set[str]) -> Ledger:
-        """Bring every task to a manifest or into quarantine; raises RunError, or Stopped when asked to stop."""
+    def run(self, name: str, tasks: Sequence[Task], done: Container[str], later: Sequence[Task] = ()) -> Ledger:
+        """Bring every task to a manifest or into quarantine; raises RunError, or Stopped when asked to stop.
+
+        ``later``: tasks of the stages to come, for which groups are worth keeping.
+        """
         ledger = Ledger(tasks, done, self._policy.max_attempts)
-        meter = Meter(ledger)
+        meter = Meter(ledger, self._scale.flops_per_second, sum(task.flops for task in later))
+        stage = _Stage(name, ledger, meter, len(later))
         while not ledger.complete:
             if self._stop():
-                self._display.say("stopping: what is finished is being committed")
-                for seat in self._seats:  # they would compete with the commit; their answers outlive them
-                    self._empty(seat)
-                self._commit_everything(ledger)
-                self._report(stage, ledger, meter, always=True)
-                raise Stopped
-            self._fill_seats(ledger, meter)
-            self._collect(ledger)
-            self._commit_when_due(ledger)
-            self._report(stage, ledger, meter)
-        self._report(stage, ledger, meter, always=True)
+                self._end(stage)
+            self._hold_groups(stage)
+            self._hand_out(stage)
+            for group, question in self._pool.answered(_WAIT_SECONDS if self._pool.asked else _COMMIT_SECONDS):
+                self._settle(group, question, stage)
+            for group, question in self._pool.overdue(self._policy.hang_seconds):
+                self._lose(group, question, f"no answer within {_time(self._policy.hang_seconds)}", stage)
+            self._commit(stage)
+            self._report(stage)
+        self._hold_groups(stage)
+        self._report(stage, always=True)
         return ledger
 
     def close(self) -> None:
-        """End every replica."""
-        for seat in self._seats:
-            self._empty(seat)
-        self._thread.shutdown(wait=True)
+        """End every group."""
+        self._pool.close()
+        self._commits.close()
 
-    # Replicas and their tasks ----------------------------------------------------------------------------------------
+    # Groups ----------------------------------------------------------------------------------------------------------
 
-    def _fill_seats(self, ledger: Ledger, meter: Meter) -> None:
-        now = self._clock()
-        wanted = sum(seat.replica is not None for seat in self._seats)
-        for seat in self._seats:
-            if seat.replica is None and seat.due <= now and wanted < ledger.unfinished:
-                seat.replica = self._fleet.launch(f"replica-{seat.number}.{seat.launches}")
-                seat.launches, wanted = seat.launches + 1, wanted + 1
-                seat.handle, seat.since = seat.replica.ping(), now
-            elif seat.replica is not None and seat.handle is None and (taken := ledger.take()):
-                seat.task, attempt = taken
-                meter.begin(now)
-                seat.handle, seat.since = seat.replica.submit(seat.task, attempt), now
+    def _hold_groups(self, stage: _Stage) -> None:
+        """Ask for groups that tasks wait for, give back those that nothing waits for."""
+        pool, now, at_once = self._pool, self._clock(), stage.ledger.at_once
+        wanted = groups_wanted(
+            self._scale,
+            group_seconds=stage.meter.group_seconds_left,
+            elapsed=now - self._begun,
+            tasks=at_once + stage.later,
+            held=pool.held,
+        )
+        if (most := self._writers_share()) is not None:
+            wanted = min(wanted, most)
+        needed = min(wanted, at_once)
+        if pool.held < needed and now >= self._launch_after:
+            capacity = self._fleet.capacity()
+            while pool.held < (needed if capacity is None else min(needed, capacity)):
+                pool.launch()
+        if pool.held > wanted:
+            pool.release(pool.held - wanted)
+        if pool.held > at_once:
+            pool.release_idle(_IDLE_SECONDS)
+        self._say_shortage(needed)
 
-    def _collect(self, ledger: Ledger) -> None:
-        handles = [seat.handle for seat in self._seats if seat.handle is not None]
-        ready = set(self._fleet.wait(handles, _WAIT_SECONDS))
-        for seat in self._seats:
-            if seat.handle is not None and seat.handle in ready:
-                self._settle(seat, ledger)
-            elif seat.handle is not None and self._clock() - seat.since > self._policy.hang_seconds:
-                self._lose(seat, ledger, f"no answer within {self._policy.hang_seconds:g} seconds")
+    def _writers_share(self) -> int | None:
+        """How many groups leave a CPU for the commit that runs; None: any number, as long as it is not starved."""
+        if self._commits.running_for() < _STARVED_SECONDS:
+            self._most_groups = None
+        elif self._most_groups is None and self._pool.ready and self._clock() >= self._look_again:
+            self._look_again = self._clock() + _STARVED_SECONDS
+            if not self._fleet.can_write():
+                self._most_groups = self._pool.ready - 1
+                self._display.say("no CPU is free to write results: one group is given back until they are written")
+        return self._most_groups
 
-    def _settle(self, seat: _Seat, ledger: Ledger) -> None:
-        """Take the answer a replica gave, whatever it is."""
-        assert seat.replica is not None
-        task, handle = seat.task, seat.handle
+    def _say_shortage(self, needed: int) -> None:
+        """Waiting for resources has no end, but it is said."""
+        now, waiting = self._clock(), self._pool.waiting
+        if not waiting and (self._pool.held or not needed):
+            self._say_shortage_at = now + _SHORTAGE_SECONDS[0]
+        elif now >= self._say_shortage_at:
+            self._say_shortage_at = now + _SHORTAGE_SECONDS[1]
+            self._display.say(f"waiting for resources: {self._fleet.wants(waiting or needed)}")
+
+    def _lose(self, group: Group, question: Question, reason: str, stage: _Stage) -> None:
+        node = group.node
+        self._losses += 1
+        group.kill()
+        quarantined = question.task is not None and stage.ledger.fail(question.task.id, reason, group_lost=True)
+        suspect = question.task is not None and stage.ledger.is_suspect(question.task.id)
+        loss = Loss(question, group.name, node, reason, self._policy.max_attempts, suspect, quarantined)
+        self._folder.append("losses.jsonl", loss.record())
+        self._display.say(loss.paragraph())
+        if quarantined:
+            self._quarantine(question, reason, stage)
+        else:
+            self._count_loss(f"{group.name} was lost: {reason}")
+
+    def _count_loss(self, what: str) -> None:
+        self._losses_in_a_row += 1
+        self._launch_after = self._clock() + self._policy.relaunch_seconds * self._losses_in_a_row
+        if self._losses_in_a_row > 2 * max(1, self._pool.most) * self._policy.max_attempts:
+            count = f"{self._losses_in_a_row} losses in a row with no task finished in between"
+            raise RunError(f"{count}; the last: {what}")
+
+    # Tasks -----------------------------------------------------------------------------------------------------------
+
+    def _hand_out(self, stage: _Stage) -> None:
+        while self._pool.has_idle and (taken := stage.ledger.take()):
+            stage.meter.begin(self._clock())
+            self._pool.submit(*taken)
+
+    def _settle(self, group: Group, question: Question, stage: _Stage) -> None:
+        """Take the answer a group gave, whatever it is."""
+        task = question.task
         try:
-            answer = self._fleet.answer(handle)
-        except ReplicaLostError as error:
-            self._lose(seat, ledger, str(error))
-            return
-        except ReplicaUnreachableError as error:
-            self._count_loss("a replica could not be reached", str(error))
+            answer = group.answer()
+        except GroupLostError as error:
+            self._lose(group, question, str(error), stage)
+        except GroupUnreachableError as error:
             if task is not None:
-                ledger.put_back(task.id)
-            seat.task, seat.handle, seat.since = None, seat.replica.ping(), self._clock()
-            return
+                stage.ledger.put_back(task.id)
+            self._display.say(f"{group.name} could not be reached and is asked again: {error}")
+            self._count_loss(f"{group.name} could not be reached: {error}")
+            (self._pool.load if question.kind == "load" else self._pool.ping)(group)
         except TaskError as error:
             if task is None:
-                self._folder.append("progress.jsonl", {"time": time.time(), "error": str(error)})
-                raise RunError(f"a replica could not be made ready: {last_line(str(error))}") from None
-            self._fail(ledger, task, str(error), replica_lost=False)
-            seat.task = seat.handle = None
+                loss = Loss(question, group.name, group.node, str(error), self._policy.max_attempts)
+                self._folder.append("losses.jsonl", loss.record())
+                group.kill()
+                raise RunError(f"a group could not be made ready: {last_line(str(error))}") from None
+            self._fail(question, str(error), stage)
             if error.recycle:
-                self._empty(seat)
+                group.kill()
+            else:
+                self._pool.rest(group)
+        else:
+            self._go_on(group, question, answer, stage)
+
+    def _go_on(self, group: Group, question: Question, answer: object, stage: _Stage) -> None:
+        if question.kind == "place":
+            self._pool.load(group)
             return
-        seat.task = seat.handle = None
-        if task is not None:
+        if question.task is not None:
             assert isinstance(answer, Result)
             self._losses_in_a_row = 0
-            ledger.answer(task.id)
-            if not self._pending.results:
-                self._pending.since = self._clock()
-            self._pending.results.append(answer)
-            self._pending.bytes += int(answer.receipt.get("bytes", 0))
+            now = self._clock()
+            stage.meter.answered(now, now - question.since)
+            stage.ledger.answer(question.task.id)
+            self._commits.add(answer)
+        self._pool.rest(group)
 
-    def _lose(self, seat: _Seat, ledger: Ledger, reason: str) -> None:
-        task = seat.task
-        self._empty(seat)
-        if task is not None:
-            self._fail(ledger, task, reason, replica_lost=True)
-        if task is None or task.id not in ledger.quarantined:
-            self._count_loss("a replica was lost", reason)
-        seat.due = self._clock() + self._policy.relaunch_seconds * self._losses_in_a_row
-
-    def _fail(self, ledger: Ledger, task: Task, error: str, *, replica_lost: bool) -> None:
-        if ledger.fail(task.id, error, replica_lost=replica_lost):
-            self._losses_in_a_row = 0  # it was the task
+    def _fail(self, question: Question, error: str, stage: _Stage) -> None:
+        """The task itself raised."""
+        assert question.task is not None
+        if stage.ledger.fail(question.task.id, error, group_lost=False):
             attempts = self._policy.max_attempts
-            record = {"task": task.id, "time": time.time(), "attempts": attempts, "error": error}
-            self._folder.append("quarantine.jsonl", record)
-            self._display.say(f"{task.id} is quarantined after {attempts} attempts: {last_line(error)}")
-            if len(ledger.quarantined) >= self._policy.hopeless and not ledger.finished():
-                raise RunError(f"the first {len(ledger.quarantined)} tasks all failed; the last: {last_line(error)}")
+            self._display.say(f"{question.task.id} is quarantined after {attempts} attempts: {last_line(error)}")
+            self._quarantine(question, error, stage)
+            return
+        attempt = f"attempt {question.attempt} of {self._policy.max_attempts}"
+        self._display.say(f"{question.task.id} raised an error ({attempt}) and runs again: {last_line(error)}")
 
-    def _count_loss(self, what: str, reason: str) -> None:
-        self._losses_in_a_row += 1
-        self._display.say(f"{what}: {reason.strip().splitlines()[0]}")
-        if self._losses_in_a_row > 2 * len(self._seats) * self._policy.max_attempts:
-            count = f"{self._losses_in_a_row} losses in a row with no task finished in between"
-            raise RunError(f"{count}; the last: {what}: {reason}")
-
-    @staticmethod
-    def _empty(seat: _Seat) -> None:
-        if seat.replica is not None:
-            seat.replica.kill()
-        seat.replica = seat.handle = seat.task = None
+    def _quarantine(self, question: Question, error: str, stage: _Stage) -> None:
+        assert question.task is not None
+        self._losses_in_a_row = 0  # it was the task
+        id_, attempts, ledger = question.task.id, self._policy.max_attempts, stage.ledger
+        record = {"task": id_, "time": time.time(), "attempts": attempts, "error": error}
+        self._folder.append("quarantine.jsonl", record)
+        if len(ledger.quarantined) >= self._policy.hopeless and not ledger.finished:
+            raise RunError(f"the first {len(ledger.quarantined)} tasks all failed; the last: {last_line(error)}")
 
     # Commits ---------------------------------------------------------------------------------------------------------
 
-    def _commit_when_due(self, ledger: Ledger) -> None:
-        if self._commit is not None and self._commit.done():
-            self._settle_commit(ledger)
-        pending, policy = self._pending, self._policy
-        due = (
-            len(pending.results) >= policy.commit_results
-            or pending.bytes >= policy.commit_bytes
-            or self._clock() - pending.since >= policy.commit_seconds
-            or not ledger.unfinished
-        )
-        if self._commit is None and pending.results and due:
-            self._begin_commit()
-
-    def _begin_commit(self) -> None:
-        self._in_commit, self._pending = self._pending.results, _Pending()
-        self._commit = self._thread.submit(self._committer.commit, self._in_commit)
-
-    def _settle_commit(self, ledger: Ledger) -> None:
-        assert self._commit is not None
-        commit, results = self._commit, self._in_commit
-        self._commit, self._in_commit = None, []
+    def _commit(self, stage: _Stage, *, wait: bool = False) -> None:
+        """Settle a commit that is through and begin the next one where it is due."""
         try:
-            commit.result()
+            stage.ledger.commit(self._commits.finished(wait=wait))
         except ResultsLostError as error:
-            self._count_loss("results were lost", str(error))
-            ledger.forget(error.tasks)
-            kept = [result for result in results if result.task not in error.tasks]
-            self._pending.results = kept + self._pending.results
-            return
-        ledger.commit(result.task for result in results)
+            stage.ledger.forget(error.tasks)
+            self._display.say(f"{error}; they run again, and what is committed stays")
+            self._count_loss(str(error))
+        self._commits.begin(at_once=wait or not stage.ledger.unfinished)
 
-    def _commit_everything(self, ledger: Ledger) -> None:
-        """What has an answer now; results that are lost on the way are simply run again next time."""
-        if self._commit is not None:
-            self._settle_commit(ledger)
-        if self._pending.results:
-            self._begin_commit()
-            self._settle_commit(ledger)
+    def _end(self, stage: _Stage) -> None:
+        """What has an answer now is committed; results that are lost on the way are simply run again next time."""
+        self._display.say("stopping: what is finished is being committed")
+        self._pool.close()  # groups would compete with the commit; their answers outlive them
+        self._commit(stage, wait=True)
+        self._commit(stage, wait=True)
+        self._report(stage, always=True)
+        raise Stopped
 
     # Telling ---------------------------------------------------------------------------------------------------------
 
-    def _report(self, stage: str, ledger: Ledger, meter: Meter, *, always: bool = False) -> None:
+    def _report(self, stage: _Stage, *, always: bool = False) -> None:
         now = self._clock()
-        status = meter.status(stage, ledger, now, replicas=sum(seat.replica is not None for seat in self._seats))
+        if not always and now - self._shown < _SHOW_SECONDS:
+            return
+        self._shown, pool = now, self._pool
+        status = Status(
+            stage=stage.name,
+            **stage.meter.figures(pool.ready),
+            groups_ready=pool.ready,
+            groups_starting=pool.loading,
+            groups_waiting=pool.waiting,
+            losses=self._losses,
+        )
         self._display.show(status)
+        self._record(status)
         if always or now - self._progress_written >= _PROGRESS_SECONDS:
             self._progress_written = now
             self._folder.append("progress.jsonl", {"time": time.time(), **status.record()})
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:g} seconds" if seconds < 120 else f"{seconds / 60:g} minutes"

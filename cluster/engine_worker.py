@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import posixpath
+import io
 import time
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import fsspec
-import fsspec.core
 import pandas as pd
 import torch
 
@@ -18,19 +16,27 @@ from audit.config import AuditConfig, ConfigError
 from audit.engine import Engine
 from audit.engine.validate import load
 from audit.models import MoEModel
+from audit.models.expert_slices import slice_experts
 from audit.models.weights import weight_metrics
 from audit.observations.reservoir import SIZE
 from audit.pruning import prune_table
 from audit.published.released_code import padding_token, released_metrics_of_tokens
+from audit.storage import Storage
 from audit.studies.observed import metric_table, oriented
+from cluster.checkpoint_cache import Checkpoint, fetch
+from cluster.group import Place
+from cluster.identity import require_weights
 from cluster.tasks import Task
 from cluster.worker import Output
 
 
-def load_engine(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> tuple[MoEModel, Engine]:
+def load_engine(
+    config: AuditConfig, resolved: Mapping[str, Any] | None = None, checkpoint: Checkpoint | None = None
+) -> tuple[MoEModel, Engine]:
     """The model and engine of a specification, with ``resolved`` in place of its ``auto`` where that is given.
 
-    Weights come from the checkpoint's files, memory-mapped, so that the processes of a node share them.
+    ``checkpoint``: what lies behind a ``model.source`` that is a URL; this machine's copy of it is loaded. Weights come
+    from the checkpoint's files, memory-mapped, so that the processes of a node share them.
     """
     torch.set_num_threads(config.engine.threads)
     chosen = resolved or {
@@ -41,6 +47,7 @@ def load_engine(config: AuditConfig, resolved: Mapping[str, Any] | None = None) 
     }
     model = load(
         config.model.location(config.folder),
+        files=None if checkpoint is None else str(fetch(checkpoint)),
         revision=config.model.revision,
         dtype=config.model.dtype,
         device=chosen["device"],
@@ -64,11 +71,28 @@ def load_engine(config: AuditConfig, resolved: Mapping[str, Any] | None = None) 
 
 
 class EngineWorker:
-    """Runs tasks of one specification; ``folder`` is the run folder's URL, ``domains`` those of the whole corpus."""
+    """Runs tasks of one specification; ``folder`` is the run folder's URL, ``domains`` those of the whole corpus.
 
-    def __init__(self, config: AuditConfig, resolved: Mapping[str, Any], domains: Sequence[str], folder: str) -> None:
-        self._config, self._domains, self._folder = config, domains, folder
-        _, self._engine = load_engine(config, resolved)
+    ``weights``: the digest of those that the run was begun with. ``place``: where this process stands among those that
+    hold the model together. Raises ModelError where other weights were loaded or experts cannot be divided.
+    """
+
+    def __init__(
+        self,
+        config: AuditConfig,
+        resolved: Mapping[str, Any],
+        domains: Sequence[str],
+        weights: str,
+        checkpoint: Checkpoint | None,
+        folder: str,
+        place: Place = Place(),  # noqa: B008 -- it cannot be changed
+    ) -> None:
+        self._config, self._domains, self._folder, self._place = config, domains, folder, place
+        self._storage = Storage(folder)
+        model, self._engine = load_engine(config, resolved, checkpoint)
+        require_weights(model.module, weights, config.model.source)
+        if place.ranks > 1:
+            slice_experts(model, place.rank, place.ranks)
         self._calibration: tuple[str, Calibration] | None = None
         draws = any(intervention.kind == "resample" for intervention in config.build_interventions())
         self._stored_outputs = SIZE if draws else None
@@ -131,7 +155,8 @@ class EngineWorker:
                 task.sequences, domains=self._domains, stored_outputs=self._stored_outputs
             )
         name = self._new_folder(task, attempt)
-        calibration.save(f"{self._folder}/{name}")
+        if self._place.rank == 0:  # the others have the same
+            calibration.save(f"{self._folder}/{name}")
         if task.kind != "merge":
             return Output({"folder": name})
         table = metric_table(calibration.observations, weight_metrics(self._engine.model))
@@ -142,10 +167,10 @@ class EngineWorker:
         return f"observations/{task.id}-{attempt}-{uuid.uuid4().hex[:8]}"
 
     def _write(self, table: pd.DataFrame, name: str) -> str:
-        filesystem, path = fsspec.core.url_to_fs(f"{self._folder}/{name}")
-        filesystem.makedirs(posixpath.dirname(path), exist_ok=True)
-        with filesystem.open(path, "wb") as file:
-            table.to_parquet(file, index=False)
+        if self._place.rank == 0:
+            sink = io.BytesIO()
+            table.to_parquet(sink, index=False)
+            self._storage.write(name, sink.getvalue())
         return name
 
     def _load(self, name: str) -> Calibration:
@@ -154,6 +179,6 @@ class EngineWorker:
         return self._calibration[1]
 
     def _metrics(self, name: str) -> pd.DataFrame:
-        with fsspec.open(f"{self._folder}/{name}/metrics.parquet", "rb") as file:
-            table: pd.DataFrame = pd.read_parquet(file)
+        (content,) = self._storage.read_many([f"{name}/metrics.parquet"])
+        table: pd.DataFrame = pd.read_parquet(io.BytesIO(content))
         return table

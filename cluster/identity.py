@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import platform
 import subprocess
 from pathlib import Path
@@ -12,10 +13,13 @@ import torch
 from torch import nn
 
 import audit
+from audit.models import ModelError
 
 # Another version of one of these may compute other bits.
 BINDING = ("torch", "transformers")
-RECORDED = ("numpy", "pyarrow", "ray", "tokenizers", "moe-audit")
+RECORDED = ("numpy", "pyarrow", "ray", "tokenizers")
+# Beside the packages of a submitted job, which have neither a distribution nor a checkout around them.
+SUBMITTED = "submitted.json"
 
 
 def weights_digest(module: nn.Module) -> str:
@@ -25,6 +29,16 @@ def weights_digest(module: nn.Module) -> str:
         state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
     return state.hexdigest()
+
+
+def require_weights(module: nn.Module, digest: str, source: str) -> None:
+    """Raise ModelError where a model's weights are not those of ``digest``."""
+    found = weights_digest(module)
+    if found != digest:
+        raise ModelError(
+            f"model.source: the weights of {source} on {platform.node()} have SHA-256 {found[:12]}..., those of the "
+            f"run {digest[:12]}...; name a revision, or make the checkpoint the same on every machine"
+        )
 
 
 def versions(names: tuple[str, ...]) -> dict[str, str]:
@@ -37,13 +51,22 @@ def versions(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def environment() -> dict[str, object]:
-    """Versions, platform and the code's git revision, where it runs from a checkout of its own."""
+    """Versions, platform and the code's git revision."""
+    code = code_version()
+    found = {"python": platform.python_version(), **versions((*BINDING, *RECORDED)), "moe-audit": code["version"]}
+    return {"versions": found, "platform": platform.platform(), "git_revision": code["git_revision"]}
+
+
+def code_version() -> dict[str, str | None]:
+    """The version and git revision of the code that runs, as far as it knows: that of a checkout, of an installed
+    package, or the one a job was submitted with."""
     root = Path(audit.__file__).resolve().parents[1]
+    if (root / SUBMITTED).is_file():
+        return dict(json.loads((root / SUBMITTED).read_text(encoding="utf-8")))
     revision = _git(root, "rev-parse", "HEAD") if (root / ".git").exists() else None
     changed = _git(root, "status", "--porcelain", "--untracked-files=no") if revision else None
     return {
-        "versions": {"python": platform.python_version(), **versions((*BINDING, *RECORDED))},
-        "platform": platform.platform(),
+        "version": versions(("moe-audit",)).get("moe-audit"),
         "git_revision": None if revision is None else revision + ("+changes" if changed else ""),
     }
 

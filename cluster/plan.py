@@ -12,11 +12,16 @@ import transformers
 
 from audit.config import AuditConfig, ConfigError, check_against
 from audit.corpus import build_corpus
+from audit.models.expert_slices import require_enough
+from audit.storage import is_url
+from cluster.checkpoint_cache import find
 from cluster.driver import Policy
 from cluster.engine_worker import EngineWorker, load_engine
+from cluster.group import Shape
 from cluster.identity import BINDING, environment, versions, weights_digest
 from cluster.planner import Planner
 from cluster.run import Job, identity_of
+from cluster.scaling import Scale
 from cluster.session import cores
 from cluster.tasks import digest
 
@@ -27,7 +32,9 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
     Raises ConfigError or ModelError, one sentence, for what cannot be done.
     """
     transformers.utils.logging.disable_progress_bar()
-    model, engine = load_engine(config, resolved)
+    location = config.model.location(config.folder)
+    checkpoint = find(location, allow_pickle=config.model.allow_pickle) if is_url(location) else None
+    model, engine = load_engine(config, resolved, checkpoint)
     resolved = {
         "method": engine.method,
         "experts": model.experts_path,
@@ -36,6 +43,7 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
         "micro_batch": engine.micro_batch(config.corpus.max_tokens),
     }
     check_against(config, model.description)
+    require_enough(model, config.cluster.ranks)
     if model.reroute_refused and (number := _first_of_kind(config, "reroute")) is not None:
         raise ConfigError(f"interventions.{number}: reroute is refused for this model, {model.reroute_refused}")
     corpus = build_corpus(config.corpus, model.tokenizer, model.description.context_limit, config.folder)
@@ -45,17 +53,19 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
         "specification": config.resolved(),
         "environment": environment(),
         "model": asdict(model.description),
+        "checkpoint": None if checkpoint is None else checkpoint.record(),
         "corpus": {"counts": corpus.counts, "summary": corpus.summary(), "domains": corpus.domains},
         "seeds": {"split": config.seed, "positions": config.seed, "engine": config.seed},
         "plan": [
             {"stage": s, "tasks": len(t), "rows": sum(x.rows for x in t), "flops": sum(x.flops for x in t)}
             for s, t in stages
         ],
-        "predicted": {"bytes": planner.bytes, "replica_seconds": planner.seconds(stages)},
+        "predicted": {"bytes": planner.bytes, "group_seconds": planner.seconds(stages)},
     }
+    weights = weights_digest(model.module)
     identity = {
         "specification": identity_of(config.resolved()),
-        "model": {"weights": weights_digest(model.module)},
+        "model": {"weights": weights},
         "corpus": {"digest": corpus.digest},
         "versions": versions(BINDING),
         "resolved": resolved,
@@ -66,10 +76,9 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
         stages=stages,
         identity=identity,
         information=information,
-        make_worker=partial(EngineWorker, config, resolved, tuple(corpus.domains)),
-        replicas=_replicas(config, on_gpu),
-        cpus_per_replica=config.engine.threads,
-        gpus_per_replica=1 if on_gpu else 0,
+        make_worker=partial(EngineWorker, config, resolved, tuple(corpus.domains), weights, checkpoint),
+        scale=_scale(config, on_gpu, planner.flops_per_second),
+        shape=Shape(ranks=config.cluster.ranks, cpus=config.engine.threads, gpus=1 if on_gpu else 0),
         policy=Policy(max_attempts=config.cluster.max_attempts, hang_seconds=config.cluster.hang_minutes * 60),
     )
 
@@ -78,8 +87,14 @@ def _first_of_kind(config: AuditConfig, kind: str) -> int | None:
     return next((number for number, entry in enumerate(config.interventions) if entry.kind == kind), None)
 
 
-def _replicas(config: AuditConfig, on_gpu: bool) -> int:
-    """How many replicas are wanted: as many as there are devices, or as many as the cores hold."""
-    if config.cluster.replicas != "auto":
-        return config.cluster.replicas
-    return torch.cuda.device_count() if on_gpu else max(1, cores() // config.engine.threads)
+def _scale(config: AuditConfig, on_gpu: bool, flops_per_second: float) -> Scale:
+    """How many groups are wanted; ``auto``: as many as there are devices, or as the cores hold."""
+    asked = config.cluster
+    ranks = torch.cuda.device_count() if on_gpu else cores() // config.engine.threads
+    most = max(1, asked.min_groups, ranks // asked.ranks)
+    return Scale(
+        min_groups=asked.min_groups,
+        max_groups=most if asked.max_groups == "auto" else asked.max_groups,
+        target_seconds=None if asked.target_minutes is None else asked.target_minutes * 60,
+        flops_per_second=flops_per_second,
+    )

@@ -1,7 +1,7 @@
 """The planner: cuts the work of a specification into tasks.
 
-The cut depends on the specification, the corpus and predicted costs alone, never on the number of replicas or on how
-fast this machine is today: then any number of replicas, and any order of completion, gives the same tables.
+The cut depends on the specification, the corpus and predicted costs alone, never on the number of groups or on how
+fast this machine is today: then any number of groups, and any order of completion, gives the same tables.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from audit.published.released_code import padding_token
 from cluster.requests import Positions, Request, observed_metrics, requests_of
 from cluster.tasks import Task
 
-# Floating-point operations a second that a replica is taken to do, per CPU thread or per device. They size tasks and
+# Floating-point operations a second that a group is taken to do, per CPU thread or per device. They size tasks and
 # guess the time before a run; what is shown while it runs is measured.
 NOMINAL_FLOPS = {"cpu": 20e9, "cuda": 20e12}
 # A small run is cut into this many tasks at least, so that it can be spread and its progress be seen.
@@ -57,15 +57,15 @@ class Planner:
         )
         self._layers = audited_layers(config, engine.model.description)
         device = engine.model.device.type
-        self._flops_per_second = NOMINAL_FLOPS.get(device, NOMINAL_FLOPS["cpu"]) * (
+        self.flops_per_second = NOMINAL_FLOPS.get(device, NOMINAL_FLOPS["cpu"]) * (
             config.engine.threads if device == "cpu" else 1
         )
-        self._target = config.cluster.task_minutes * 60 * self._flops_per_second
+        self._target = config.cluster.task_minutes * 60 * self.flops_per_second
         self.bytes = 0
 
     def seconds(self, stages: Sequence[tuple[str, Sequence[Task]]]) -> float:
-        """What one replica is predicted to need."""
-        return sum(task.flops for _, tasks in stages for task in tasks) / self._flops_per_second
+        """What one group is predicted to need."""
+        return sum(task.flops for _, tasks in stages for task in tasks) / self.flops_per_second
 
     def stages(self) -> list[tuple[str, list[Task]]]:
         """Observe, merge, effects and what the studies ask for beyond: what a task's id begins with.

@@ -1,130 +1,193 @@
-"""Replicas as Ray actors: one actor of one rank each; the driver owns recovery, Ray restarts and retries nothing."""
+"""Groups on Ray: a placement group and an actor per rank; the driver owns recovery, Ray restarts nothing."""
 
 from __future__ import annotations
 
-import re
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import Any
 
-import pyarrow as pa
 import ray
 import ray.cloudpickle
-import ray.data
-import ray.exceptions
+from ray.util.placement_group import placement_group_table, remove_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from audit.runfolder import RunFolder
-from cluster.committer import TABLES, UnwrittenError
-from cluster.replica import Handle, Replica, ReplicaLostError, ReplicaUnreachableError, Result, TaskError
+from cluster import resources
+from cluster.group import Group, Handle, Place, Result, Shape, TaskError
+from cluster.rank import Rank
+from cluster.ray_errors import sort_errors
 from cluster.tasks import Task
-from cluster.worker import Worker
+from cluster.worker import TABLES, Worker
 
-ROWS_PER_FILE = 1_000_000
-_ANSI = re.compile(r"\x1b\[[0-9;]*m")
-# After these the device or the process is not what it was before, though it still answers.
-_RECYCLE = ("OutOfMemoryError", "AcceleratorError", "MemoryError")
+# When one rank has failed: how long the others may take to show why. A node's death is seen after about two seconds.
+_GRACE_SECONDS = 5.0
+_COUNT_SECONDS = 1.0  # for so long a count of the cluster's resources holds
 
 
-class _Actor:
-    """Holds one worker. What can go wrong on the way to it does so in the first ping: there an error is an answer."""
+@dataclass(slots=True, eq=False)
+class _Question:
+    """One question to every rank of a group; answered when all have, or some time after the first has failed."""
 
-    def __init__(self, make_worker: bytes) -> None:
-        self._make_worker = make_worker
-        self._worker: Worker | None = None
+    group: RayGroup
+    answers: list[Future[Any]]
+    left: int
+    then: Callable[[list[Any]], None] | None  # what the answers are for, where the driver is not told of them
+    failed: bool = False
+
+
+class RayGroup:
+    """One logical model: a placement group and its ranks."""
+
+    def __init__(self, name: str, fleet: RayFleet) -> None:
+        self.name = name
+        self.node = ""
+        self._fleet = fleet
+        self._place = resources.bundles(fleet.shape, name)
+        self._ranks: list[Any] = []
+        self._tables: tuple[str, dict[str, Handle]] | None = None
+        self.question: _Question | None = None
+        self._ask([self._place.ready()])
+
+    def load(self) -> None:
+        shape, fleet = self._fleet.shape, self._fleet
+        if not self._ranks:
+            self.node = fleet.address_of(placement_group_table(self._place)["bundles_to_node_id"][0])
+            self._ranks = [
+                fleet.rank.options(
+                    name=f"{self.name}/rank-{rank}",
+                    namespace=fleet.namespace,
+                    num_cpus=shape.cpus,
+                    num_gpus=shape.gpus,
+                    scheduling_strategy=PlacementGroupSchedulingStrategy(self._place, rank),
+                ).remote(fleet.make_worker)
+                for rank in range(shape.ranks)
+            ]
+        if shape.ranks == 1:
+            self._load("")
+        else:
+            self._ask([self._ranks[0].meet.remote()], then=lambda found: self._load(found[0]))
+
+    def _load(self, address: str) -> None:
+        backend = "nccl" if self._fleet.shape.gpus else "gloo"
+        places = [Place(rank, len(self._ranks), address) for rank in range(len(self._ranks))]
+        seconds = self._fleet.hang_seconds
+        self._ask(
+            [actor.load.remote(place, backend, seconds) for actor, place in zip(self._ranks, places, strict=True)]
+        )
 
     def ping(self) -> None:
-        if self._worker is None:
-            make_worker: Callable[[], Worker] = ray.cloudpickle.loads(self._make_worker)
-            self._worker = make_worker()
+        self._ask([rank.ping.remote() for rank in self._ranks])
 
-    def run(self, task: Task, attempt: int) -> tuple[dict[str, Any] | pa.Table | None, ...]:
-        assert self._worker is not None, "a replica gets tasks after its first ping"
-        output = self._worker.run(task, attempt)
-        receipt = dict(output.receipt) | {
-            "rows": {name: table.num_rows for name, table in output.tables.items()},
-            "bytes": sum(table.nbytes for table in output.tables.values()),
-        }
-        return receipt, *(output.tables.get(name) for name in TABLES)
+    def submit(self, task: Task, attempt: int) -> None:
+        first, *others = self._ranks
+        receipt, *tables = first.run.options(num_returns=1 + len(TABLES), name=task.id).remote(task, attempt)
+        self._tables = task.id, dict(zip(TABLES, tables, strict=True))
+        self._ask([receipt, *(rank.follow.options(name=task.id).remote(task, attempt) for rank in others)])
 
-
-class _RayReplica:
-    def __init__(self, name: str, actor: Any, results: dict[Handle, tuple[str, dict[str, Handle]]]) -> None:
-        self.name = name
-        self._actor = actor
-        self._results = results
-
-    def ping(self) -> Handle:
-        return self._actor.ping.remote()
-
-    def submit(self, task: Task, attempt: int) -> Handle:
-        receipt, *tables = self._actor.run.options(num_returns=1 + len(TABLES), name=task.id).remote(task, attempt)
-        self._results[receipt] = (task.id, dict(zip(TABLES, tables, strict=True)))
-        return receipt
+    def answer(self) -> Any:
+        assert self.question is not None
+        answers, tables = self.question.answers, self._tables
+        self.question, self._tables = None, None
+        errors = {rank: error for rank, a in enumerate(answers) if a.done() and (error := a.exception()) is not None}
+        if errors:
+            raise sort_errors(errors, len(self._ranks))
+        if tables is None:
+            return None
+        task, handles = tables
+        receipt, *others = (answer.result() for answer in answers)
+        for rank, rows in enumerate(others, 1):
+            if rows != receipt["rows"]:
+                raise TaskError(f"rank {rank} made other rows, {rows}, than rank 0, {receipt['rows']}", recycle=True)
+        return Result(task, receipt, {name: ref for name, ref in handles.items() if receipt["rows"].get(name)})
 
     def kill(self) -> None:
-        ray.kill(self._actor, no_restart=True)
+        self.question = None
+        for rank in self._ranks:
+            ray.kill(rank, no_restart=True)
+        remove_placement_group(self._place)
+
+    def _ask(self, refs: Sequence[Any], then: Callable[[list[Any]], None] | None = None) -> None:
+        answers = [ref.future() for ref in refs]
+        self.question = question = _Question(self, answers, len(answers), then)
+        for answer in answers:
+            answer.add_done_callback(lambda answer: self._fleet.told.put((question, answer)))
 
 
 class RayFleet:
-    """Replicas on the connected Ray cluster, ``cpus`` and ``gpus`` each."""
+    """Groups on the connected Ray cluster. Answers come to ``told``, from a thread of Ray's, as they arrive."""
 
-    def __init__(self, size: int, make_worker: Callable[[], Worker], *, cpus: int = 1, gpus: float = 0) -> None:
-        self.size = size
-        self._make_worker = ray.cloudpickle.dumps(make_worker)
-        self._actor_class = ray.remote(_Actor).options(num_cpus=cpus, num_gpus=gpus, max_restarts=0, max_task_retries=0)
-        self._results: dict[Handle, tuple[str, dict[str, Handle]]] = {}
+    def __init__(self, make_worker: Callable[[Place], Worker], shape: Shape, *, name: str, hang_seconds: float) -> None:
+        self.shape, self.namespace, self.hang_seconds = shape, name, hang_seconds
+        self.make_worker = ray.put(ray.cloudpickle.dumps(make_worker))
+        self.rank = ray.remote(max_restarts=0, max_task_retries=0)(Rank)
+        self.told: SimpleQueue[tuple[_Question, Future[Any]]] = SimpleQueue()
+        self._failing: deque[tuple[float, _Question]] = deque()
+        self._addresses: dict[str, str] = {}
+        self._grows = resources.can_grow()
+        self._counted = float("-inf"), 0
 
-    def launch(self, name: str) -> Replica:
-        return _RayReplica(name, self._actor_class.remote(self._make_worker), self._results)
+    def launch(self, name: str) -> Group:
+        return RayGroup(name, self)
 
-    def wait(self, handles: Sequence[Handle], seconds: float) -> list[Handle]:
-        if not handles:
-            time.sleep(seconds)
-            return []
-        ray.wait(list(handles), timeout=seconds, fetch_local=False)  # for the first; then whatever else is there by now
-        done, _ = ray.wait(list(handles), num_returns=len(handles), timeout=0, fetch_local=False)
-        return list(done)
+    def wait(self, seconds: float) -> list[Group]:
+        end = time.monotonic() + seconds
+        while True:
+            until = min(end, self._failing[0][0]) if self._failing else end
+            found = [group for group in self._arrived(until) if group is not None]
+            while self._failing and self._failing[0][0] <= time.monotonic():
+                question = self._failing.popleft()[1]
+                if question.group.question is question and question.left:
+                    question.left = 0
+                    found.append(question.group)
+            if found or time.monotonic() >= end:
+                return found
 
-    def answer(self, handle: Handle) -> Any:
-        held = self._results.pop(handle, None)
+    def _arrived(self, until: float) -> list[Group | None]:
+        """Wait for one answer, then take whatever else is there by now."""
+        found: list[Group | None] = []
         try:
-            receipt = ray.get(handle)
-        except ray.exceptions.RayTaskError as error:
-            raise TaskError(_ANSI.sub("", str(error)), recycle=type(error.cause).__name__ in _RECYCLE) from None
-        except ray.exceptions.ActorUnavailableError as error:
-            raise ReplicaUnreachableError(_first_line(error)) from None
-        except ray.exceptions.RayError as error:
-            raise ReplicaLostError(_first_line(error)) from None
-        if held is None:
-            return receipt
-        task, tables = held
-        return Result(task, receipt, {name: ref for name, ref in tables.items() if receipt["rows"].get(name)})
+            found.append(self._take(*self.told.get(timeout=max(0.0, until - time.monotonic()))))
+            while True:
+                found.append(self._take(*self.told.get_nowait()))
+        except Empty:
+            return found
 
+    def _take(self, question: _Question, answer: Future[Any]) -> Group | None:
+        """The group whose question is answered by this, if it is."""
+        if question.group.question is not question or question.left == 0:
+            return None  # it was ended, or given up already
+        question.left -= 1
+        if answer.exception() is not None and not question.failed:
+            question.failed = True
+            self._failing.append((time.monotonic() + _GRACE_SECONDS, question))
+        if question.left:
+            return None
+        if question.then is not None and not question.failed:
+            question.then([answer.result() for answer in question.answers])
+            return None
+        return question.group
 
-def write_tables(refs: Sequence[Handle], folder: RunFolder, target: str) -> None:
-    """Write tables that lie in the object store, through a Ray Dataset; raises UnwrittenError."""
-    try:
-        ray.data.from_arrow_refs(list(refs)).write_parquet(
-            folder.path(target),
-            filesystem=folder.arrow_filesystem(),
-            min_rows_per_file=ROWS_PER_FILE,
-            compression="zstd",
+    def capacity(self) -> int | None:
+        if self._grows:
+            return None
+        if time.monotonic() - self._counted[0] > _COUNT_SECONDS:
+            self._counted = time.monotonic(), resources.ranks_fit(resources.nodes(), self.shape) // self.shape.ranks
+        return self._counted[1]
+
+    def can_write(self) -> bool:
+        return float(ray.available_resources().get("CPU", 0.0)) >= 1
+
+    def wants(self, groups: int) -> str:
+        need = "1 group needs" if groups == 1 else f"{groups} groups need"
+        return (
+            f"{need} {self.shape}{' each' if groups > 1 else ''}; the cluster has {resources.told(resources.nodes())}"
         )
-    except (ray.exceptions.RayError, OSError) as error:
-        raise UnwrittenError(_first_line(error), [ref for ref in refs if _is_lost(ref)]) from error
 
-
-def _is_lost(ref: Handle) -> bool:
-    try:
-        ray.get(ref, timeout=30)
-    except ray.exceptions.RayError:
-        return True
-    return False
-
-
-def _first_line(error: Exception) -> str:
-    lines = _ANSI.sub("", str(error)).strip().splitlines()
-    detail = next(
-        (line.partition("Worker exit detail:")[2].strip() for line in lines if "Worker exit detail:" in line), ""
-    )
-    return f"{type(error).__name__}: {lines[0] if lines else ''} {detail}".strip()
+    def address_of(self, node: str) -> str:
+        """The IP address of a node, by its id."""
+        if node not in self._addresses:
+            self._addresses = {found["NodeID"]: found["NodeManagerAddress"] for found in ray.nodes()}
+        return self._addresses.get(node, node)

@@ -5,23 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 from audit.runfolder import RunFolder, RunFolderError, difference
+from audit.storage import StorageError, storage_errors
 from cluster import reducer
 from cluster.committer import FolderCommitter
 from cluster.display import Display
-from cluster.driver import Driver, Policy, Stopped
-from cluster.ray_fleet import RayFleet, write_tables
-from cluster.session import cores, ray_session, require_resources, stop_signals
+from cluster.driver import Driver, Policy, RunError, Stopped
+from cluster.group import Place, Shape
+from cluster.metrics import Metrics
+from cluster.ray_fleet import RayFleet
+from cluster.resources import require_resources
+from cluster.scaling import Scale
+from cluster.session import cores, ray_session, stop_signals
 from cluster.tasks import Task
-from cluster.worker import Worker
+from cluster.worker import Worker, make_worker
 
 # May differ between two commands on one folder: they decide how the work is done and not one bit of what comes out.
-FREE = (("name",), ("cluster", "replicas"), ("cluster", "max_attempts"), ("cluster", "hang_minutes"))
+# How many ranks hold a model together is no such thing: they add up an expert mixture in another order.
+FREE = (
+    ("name",),
+    *(("cluster", key) for key in ("min_groups", "max_groups", "target_minutes", "max_attempts", "hang_minutes")),
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,10 +46,9 @@ class Job:
     stages: Sequence[tuple[str, Sequence[Task]]]
     identity: Mapping[str, Any]
     information: Mapping[str, Any]
-    make_worker: Callable[[str], Worker]  # given the run folder's URL, in the replica's process
-    replicas: int
-    cpus_per_replica: int = 1
-    gpus_per_replica: float = 0
+    make_worker: Callable[[str, Place], Worker]  # given the run folder's URL, in the process of a rank
+    scale: Scale
+    shape: Shape = field(default_factory=Shape)
     policy: Policy = field(default_factory=Policy)
 
     @property
@@ -87,8 +97,10 @@ def refuse_other(folder: RunFolder, identity: Mapping[str, Any]) -> None:
 def execute(job: Job, folder: RunFolder, display: Display) -> Outcome:
     """Bring the job to its end in ``folder``.
 
-    Raises RunFolderError, before anything is written, where the folder is another run's; RunError when it cannot go on.
+    Raises, before any work is done, RunFolderError where the folder is another run's or a driver's, and StorageError
+    where it cannot be used; RunError when the run cannot go on.
     """
+    folder.tell(display.say)
     folder.require_usable()
     refuse_other(folder, job.identity)
     with folder.lock():
@@ -96,24 +108,35 @@ def execute(job: Job, folder: RunFolder, display: Display) -> Outcome:
             display.say(f"deleted {orphans} commits that an earlier run had begun and not finished")
         if _is_done(job, folder):
             return Outcome({}, ())
-        with ray_session(job.replicas * job.cpus_per_replica), stop_signals() as stop:
-            require_resources(job.replicas * job.cpus_per_replica, job.replicas * job.gpus_per_replica)
+        with ray_session(job.scale.max_groups * job.shape.ranks * job.shape.cpus), Metrics() as metrics:
+            if warning := require_resources(job.shape, job.scale):
+                display.say(warning)
             if not folder.holds_run():
                 folder.begin({"identity": job.identity, "run": job.digest, "created": time.time(), **job.information})
-            fleet = RayFleet(
-                job.replicas, partial(job.make_worker, folder.url), cpus=job.cpus_per_replica, gpus=job.gpus_per_replica
-            )
-            committer = FolderCommitter(folder, job.digest, write_tables)
-            driver = Driver(fleet, committer, folder, job.policy, display, stop=stop)
-            try:
-                outcome = _run_stages(job, folder, driver)
-            except Stopped:
-                return Outcome({}, (), stop.signal)
-            finally:
-                driver.close()
-            if not reducer.is_reduced(folder):
-                display.say("reducing the effects to tables")
-                reducer.reduce(folder)
+            # From here on there is something to commit first.
+            with stop_signals() as stop, _storage_ends_the_run():
+                fleet = RayFleet(
+                    partial(make_worker, job.make_worker, folder.url),
+                    job.shape,
+                    name=f"moe-audit-{uuid.uuid4().hex[:8]}",
+                    hang_seconds=job.policy.hang_seconds,
+                )
+                committer = FolderCommitter(folder, job.digest, display.say)
+                driver = Driver(
+                    fleet, committer, folder, job.policy, job.scale, display, stop=stop, record=metrics.record
+                )
+                try:
+                    outcome = _run_stages(job, folder, driver)
+                except Stopped:
+                    return Outcome({}, (), stop.signal)
+                finally:
+                    driver.close()
+            if stop():  # it came when nothing was left to stop
+                return Outcome(outcome.quarantined, outcome.blocked, stop.signal)
+            with _storage_ends_the_run(), storage_errors(folder.url):
+                if not reducer.is_reduced(folder):
+                    display.say("reducing the effects to tables")
+                    reducer.reduce(folder, metrics.noise_floor)
             return outcome
 
 
@@ -122,12 +145,22 @@ def reduce_again(folder: RunFolder, display: Display) -> list[str]:
 
     Raises RunFolderError where the folder holds no run or nothing is committed in it.
     """
+    folder.tell(display.say)
     folder.require_run()
     if not folder.files("effects"):
         raise RunFolderError(f"{folder.url}: no effects are committed yet; finish the run first")
-    with folder.lock(), ray_session(cores()):
+    with folder.lock(), ray_session(cores()), storage_errors(folder.url):
         display.say("reducing the effects to tables")
         return reducer.reduce(folder)
+
+
+@contextmanager
+def _storage_ends_the_run() -> Iterator[None]:
+    """Within the block what storage refuses is a RunError: work was done, and what is committed stays."""
+    try:
+        yield
+    except StorageError as error:
+        raise RunError(str(error)) from error
 
 
 def _is_done(job: Job, folder: RunFolder) -> bool:
@@ -138,12 +171,17 @@ def _is_done(job: Job, folder: RunFolder) -> bool:
 def _run_stages(job: Job, folder: RunFolder, driver: Driver) -> Outcome:
     quarantined: dict[str, str] = {}
     blocked: list[str] = []
-    for stage, tasks in job.stages:
+    for number, (stage, tasks) in enumerate(job.stages):
         receipts = folder.done()
         folders = {id_: str(receipt["folder"]) for id_, receipt in receipts.items() if "folder" in receipt}
-        ready = [task for task in tasks if all(id_ in folders for id_ in task.needs)]
-        blocked += [task.id for task in tasks if task not in ready]
+        ready: list[Task] = []
+        for task in tasks:
+            if all(id_ in folders for id_ in task.needs):
+                ready.append(task)
+            else:
+                blocked.append(task.id)
         if any(task.id not in receipts for task in ready):
             found = [task.found(folders) for task in ready]
-            quarantined |= driver.run(stage, found, set(receipts)).quarantined
+            later = [task for _, others in job.stages[number + 1 :] for task in others if task.id not in receipts]
+            quarantined |= driver.run(stage, found, receipts, later).quarantined
     return Outcome(quarantined, blocked)

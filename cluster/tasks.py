@@ -21,10 +21,10 @@ Kind = Literal["observe", "merge", "release", "measure", "prune"]
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class Task:
-    """What a replica needs to know, so that it is a message to it: nothing is looked up.
+    """What a group needs to know, so that it is a message to it: nothing is looked up.
 
     observe: run ``sequences`` unchanged, keep sums, means and reservoirs. merge: those of ``inputs`` (ids of tasks; for
-    the replica, the folders they wrote) into one, in this order. release: the metrics of the experts of ``layers`` as
+    the group, the folders they wrote) into one, in this order. release: the metrics of the experts of ``layers`` as
     the code released with arXiv 2606.10703 computed them on ``sequences``. measure: effects at ``positions`` of
     ``sequences``. prune: the losses of ``sequences`` under every one of ``prunings``. These two may draw on a
     ``calibration`` and on ``metrics``, which are named as inputs are.

@@ -25,7 +25,7 @@ class ModelConfig(Section):
     """Which checkpoint, and how it is loaded."""
 
     source: str = Field(
-        default="demo", min_length=1, description="demo, the folder of a checkpoint, or the name of a model on the hub"
+        default="demo", min_length=1, description="demo, the folder or URL of a checkpoint, or the name of a hub model"
     )
     revision: str | None = Field(default=None, description="null, or the branch, tag or commit of a hub model")
     dtype: Literal["float64", "float32", "bfloat16", "float16"] = "float32"
@@ -34,8 +34,8 @@ class ModelConfig(Section):
     allow_pickle: bool = Field(default=False, description="true or false")
 
     def location(self, folder: Path) -> str:
-        """What to load: ``demo``, the absolute path of a checkpoint, or a hub name. Relative to the folder, a path is
-        what starts with ``.``, ``/`` or ``~`` and what exists there."""
+        """What to load: ``demo``, the absolute path or URL of a checkpoint, or a hub name. Relative to the folder, a
+        path is what starts with ``.``, ``/`` or ``~`` and what exists there."""
         if self.source == "demo":
             return self.source
         path = folder / Path(self.source).expanduser()
@@ -242,12 +242,23 @@ class EngineConfig(Section):
 class ClusterConfig(Section):
     """How the work is spread and what is done about failures."""
 
-    replicas: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+    min_groups: int = Field(default=1, ge=0, description="a whole number of at least 0")
+    max_groups: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         default="auto", description="auto, or a whole number of at least 1"
     )
+    target_minutes: float | None = Field(default=None, gt=0, description="null, or a number of minutes above 0")
+    ranks: int = Field(default=1, ge=1, description="a whole number of at least 1: processes that hold one model")
     task_minutes: float = Field(default=0.25, gt=0, description="a number of minutes above 0")
     max_attempts: int = Field(default=3, ge=1, description="a whole number of at least 1")
     hang_minutes: float = Field(default=30, gt=0, description="a number of minutes above 0")
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if self.max_groups != "auto" and self.min_groups > self.max_groups:
+            raise ValueError(
+                f"min_groups: {self.min_groups} is more than max_groups, {self.max_groups}; use at most that many"
+            )
+        return self
 
 
 class AuditConfig(Section):

@@ -9,8 +9,24 @@ from cluster.display import BarDisplay, LineDisplay, NoDisplay, Status, duration
 
 
 def status(done: int, total: int = 10) -> Status:
-    figures = {"rows": done * 100, "rows_per_second": 1234.4, "seconds_left": 61.0, "replicas": 2, "quarantined": 0}
-    return Status(stage="effects", tasks_done=done, tasks=total, share=done / total, **figures)  # type: ignore[arg-type]
+    return Status(
+        stage="effects",
+        tasks=total,
+        waiting=total - done,
+        running=0,
+        answered=0,
+        committed=done,
+        quarantined=0,
+        share=done / total,
+        rows=done * 100,
+        rows_per_second=1234.4,
+        seconds_left=61.0,
+        group_seconds_left=122.0,
+        groups_ready=2,
+        groups_starting=0,
+        groups_waiting=0,
+        losses=0,
+    )
 
 
 CLOCK = [(0.4, "0s"), (59.6, "1m00s"), (125, "2m05s"), (3600, "1h00m"), (93600, "1d02h")]
@@ -36,9 +52,9 @@ def test_the_bar_shows_share_rate_and_time_left() -> None:
     out = io.StringIO()
     display = BarDisplay(Console(file=out, force_terminal=True, width=120))
     display.show(status(5))
-    display.say("a [replica] was lost")
+    display.say("a [group] was lost")
     display.close()
-    assert "a [replica] was lost" in out.getvalue()  # not taken for markup
+    assert "a [group] was lost" in out.getvalue()  # not taken for markup
     assert " 50%" in out.getvalue()
     assert "5/10 tasks, 1,234 rows/s, 1m01s left" in out.getvalue()
 

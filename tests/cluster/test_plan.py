@@ -59,8 +59,8 @@ def test_effects_that_draw_on_no_calibration_do_not_wait_for_it() -> None:
     assert {task.needs for task in planned()["effects"]} == {()}
 
 
-def test_the_cut_does_not_depend_on_the_number_of_replicas() -> None:
-    one, four = planned(cluster={"replicas": 1}), planned(cluster={"replicas": 4})
+def test_the_cut_does_not_depend_on_the_number_of_groups() -> None:
+    one, four = planned(cluster={"max_groups": 1}), planned(cluster={"max_groups": 4})
     assert [digest(one[stage]) for stage in one] == [digest(four[stage]) for stage in four]
     assert digest(one["effects"]) != digest(planned(seed=1)["effects"])
     assert digest(one["effects"]) != digest(planned(interventions=[{"kind": "scale", "factor": 0.5}])["effects"])

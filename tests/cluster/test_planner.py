@@ -106,14 +106,14 @@ def test_the_released_code_reads_all_audited_texts_when_asked() -> None:
     assert task.id not in merged
 
 
-def test_the_plan_does_not_depend_on_the_number_of_replicas() -> None:
+def test_the_plan_does_not_depend_on_the_number_of_groups() -> None:
     studies = {
         "importance": {"released_code": True},
         "progressive": PROGRESSIVE,
         "redistribution": True,
         "redundancy": REDUNDANCY,
     }
-    plans = [planned(studies=studies, cluster={"replicas": n}) for n in (1, 4)]
+    plans = [planned(studies=studies, cluster={"max_groups": n}) for n in (1, 4)]
     assert len({tuple(digest(tasks) for tasks in plan.values()) for plan in plans}) == 1
     assert [t.id for tasks in plans[0].values() for t in tasks] == [t.id for tasks in plans[1].values() for t in tasks]
     for stage, tasks in plans[0].items():

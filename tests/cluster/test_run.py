@@ -66,14 +66,14 @@ def test_an_uninterrupted_run_is_exact(whole: RunFolder) -> None:
 
 @pytest.mark.parametrize(("moment", "count"), [("manifest", 4), ("answer", 5)])
 def test_a_run_goes_on_where_a_killed_driver_left_it(whole: RunFolder, tmp_path: Path, moment: str, count: int) -> None:
-    """With one replica after two: neither the interruption nor their number changes a bit."""
+    """With one group after two: neither the interruption nor their number changes a bit."""
     command = [sys.executable, str(HERE / "killed_driver.py"), str(tmp_path), moment, str(count)]
     search = os.pathsep.join([str(HERE), str(HERE.parents[1])])
     killed = subprocess.run(command, env={**os.environ, "PYTHONPATH": search}, timeout=120, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
     before = RunFolder(str(tmp_path)).done()
     assert 3 <= len(before) < 12  # the calibration, and not everything
-    folder, outcome = run(tmp_path, make_job(calibration=2, replicas=1))
+    folder, outcome = run(tmp_path, make_job(calibration=2, groups=1))
     assert outcome.exit_status == 0
     require_exact(folder)
     assert results_of(folder) == results_of(whole)
@@ -103,7 +103,7 @@ def test_faults_lose_nothing_and_a_task_that_always_fails_is_quarantined(whole: 
     (record,) = folder.lines("quarantine.jsonl")
     assert (record["task"], record["attempts"]) == ("effects-0004", 3)
     assert "effects-0004 was told to fail" in record["error"]
-    assert out.getvalue().count("a replica was lost") == 3
+    assert out.getvalue().count("was lost while it ran") == 3
     assert "no answer within 10 seconds" in out.getvalue()
     require_exact(folder, skip="effects-0004")
     # The cause is gone: the same command does what is missing.

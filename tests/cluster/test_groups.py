@@ -1,0 +1,255 @@
+"""Groups of one and two ranks on a real Ray cluster of this machine."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import ray
+import yaml
+from rank_workers import DiesOnce, Together, refuse, slow
+from ray.util.placement_group import placement_group_table
+from stub_worker import FaultPlan, make_job, rows_of, tables
+from tiny_olmoe import write_tiny_olmoe
+
+from audit.config import AuditConfig
+from audit.models import ModelError
+from audit.runfolder import RunFolder
+from cluster import resources
+from cluster.display import LineDisplay, NoDisplay
+from cluster.driver import Policy, RunError
+from cluster.group import Group, GroupLostError, Result, Shape, TaskError
+from cluster.plan import prepare
+from cluster.ray_fleet import RayFleet
+from cluster.run import execute
+from cluster.scaling import Scale
+from cluster.session import ray_session
+from cluster.tasks import Task
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _cluster() -> Iterator[None]:
+    with ray_session(cpus=2):
+        yield
+
+
+def make_fleet(make_worker: Any, ranks: int = 1) -> RayFleet:
+    return RayFleet(make_worker, Shape(ranks=ranks), name=f"test-{time.time_ns():x}", hang_seconds=60.0)
+
+
+def answered(fleet: RayFleet, group: Group, seconds: float = 60.0) -> Any:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if group in fleet.wait(1.0):
+            return group.answer()
+    raise AssertionError("no answer")
+
+
+def loaded(fleet: RayFleet, name: str) -> Group:
+    group = fleet.launch(name)
+    answered(fleet, group)
+    group.load()
+    answered(fleet, group)
+    return group
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[RayFleet, Group]]:
+    fleet = make_fleet(Together, ranks=2)
+    group = loaded(fleet, "pair")
+    yield fleet, group
+    group.kill()
+
+
+def test_ranks_work_together_and_rank_0_answers(pair: tuple[RayFleet, Group]) -> None:
+    fleet, group = pair
+    assert group.node == ray.util.get_node_ip_address()
+    for _ in range(3):
+        group.submit(Task(id="add", kind="measure"), 1)
+        result = answered(fleet, group)
+        assert isinstance(result, Result)
+        assert result.receipt["sum"] == 3.0
+        assert ray.get(result.tables["effects"]).num_rows == result.receipt["rows"]["effects"]
+    assert set(result.tables) == {"effects"}
+
+
+def test_ranks_that_disagree_are_found_out(pair: tuple[RayFleet, Group]) -> None:
+    fleet, group = pair
+    group.submit(Task(id="disagree", kind="measure"), 1)
+    with pytest.raises(TaskError, match="rank 1 made other rows") as raised:
+        answered(fleet, group)
+    assert raised.value.recycle
+
+
+def test_an_error_of_one_rank_is_the_tasks_though_the_other_waits_for_ever(pair: tuple[RayFleet, Group]) -> None:
+    fleet, group = pair
+    group.submit(Task(id="raise", kind="measure"), 1)
+    with pytest.raises(TaskError, match="rank 1 does not want to") as raised:
+        answered(fleet, group)
+    assert raised.value.recycle
+
+
+def test_a_rank_that_dies_takes_its_group_with_it_and_nothing_is_left(pair: tuple[RayFleet, Group]) -> None:
+    fleet, group = pair
+    group.submit(Task(id="kill", kind="measure"), 1)
+    with pytest.raises(GroupLostError, match=r"rank 1: its process was killed by the system or crashed \(process \d+"):
+        answered(fleet, group)
+    group.kill()
+    again = loaded(fleet, "pair")  # under the same name, from scratch
+    again.submit(Task(id="add", kind="measure"), 1)
+    assert answered(fleet, again).receipt["sum"] == 3.0
+    again.kill()
+    places = [found for found in placement_group_table().values() if found["name"].startswith("pair-")]
+    assert {found["state"] for found in places} == {"REMOVED"}
+
+
+def test_a_worker_that_cannot_be_made_is_the_applications_error() -> None:
+    fleet = make_fleet(refuse)
+    group = fleet.launch("refused")
+    answered(fleet, group)
+    group.load()
+    with pytest.raises(TaskError, match=r"model\.source: is gone"):
+        answered(fleet, group)
+    group.kill()
+
+
+def test_nothing_is_heard_of_a_group_that_was_ended(tmp_path: Path) -> None:
+    fleet = make_fleet(partial(slow, str(tmp_path)))
+    group = loaded(fleet, "slow")
+    group.submit(make_job().stages[-1][1][0], 1)
+    assert fleet.wait(0.5) == []
+    group.kill()
+    assert fleet.wait(3.0) == []
+
+
+def test_a_group_for_which_there_is_no_room_waits_and_says_what_it_needs() -> None:
+    fleet = make_fleet(Together, ranks=50)
+    group = fleet.launch("large")
+    assert fleet.wait(1.0) == []
+    assert fleet.capacity() == 0
+    cpus = ray.cluster_resources()["CPU"]
+    said = f"1 group needs 50 ranks of 1 CPU; the cluster has 1 node with {cpus:g} CPUs and 0 GPUs"
+    assert fleet.wants(1) == said
+    group.kill()
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "told"),
+    [
+        (Shape(cpus=64), Scale(max_groups=3), "cluster.max_groups: 3 cannot be held: 1 group needs 64 CPUs, "),
+        (Shape(gpus=1), Scale(max_groups=1), "cluster.max_groups: 1 cannot be held: 1 group needs 1 CPU and 1 GPU, "),
+        (Shape(ranks=9), Scale(max_groups=1), "cluster.ranks: 9 cannot be held: 1 group needs 9 ranks of 1 CPU, "),
+        (Shape(), Scale(min_groups=8, max_groups=9), "cluster.min_groups: 8 cannot be held: 8 groups need 1 CPU each"),
+    ],
+)
+def test_what_never_fits_is_refused_in_one_sentence(shape: Shape, scale: Scale, told: str) -> None:
+    with pytest.raises(RunError) as raised:
+        resources.require_resources(shape, scale)
+    text = str(raised.value)
+    assert text.startswith(told)
+    assert "the Ray cluster has 1 node with" in text
+    assert "\n" not in text
+
+
+def test_what_fits_in_part_is_said_and_what_fits_is_not() -> None:
+    said = resources.require_resources(Shape(), Scale(max_groups=7))
+    assert said is not None
+    assert said.startswith("cluster.max_groups: 7 groups of 1 CPU may be held, and 2 can: the Ray cluster has 1 node")
+    assert resources.require_resources(Shape(), Scale(max_groups=2)) is None
+
+
+def test_ranks_are_counted_node_by_node_with_a_cpu_left_for_the_writer() -> None:
+    nodes = [{"CPU": 4.0, "GPU": 2.0}, {"CPU": 3.0}, {"CPU": 8.0, "GPU": 8.0}]
+    assert resources.ranks_fit(nodes, Shape()) == 14
+    assert resources.ranks_fit(nodes, Shape(cpus=2)) == 7  # of the second node one CPU is left anyway
+    assert resources.ranks_fit(nodes, Shape(cpus=1, gpus=1)) == 10
+    assert resources.ranks_fit(nodes, Shape(cpus=9)) == 0
+    assert resources.ranks_fit([{"CPU": 1.0}], Shape()) == 0
+
+
+# Whole runs ----------------------------------------------------------------------------------------------------------
+
+
+def audit_of(folder: Path, ranks: int, dtype: str) -> AuditConfig:
+    if not (folder / "model").exists():
+        write_tiny_olmoe(folder / "model", layers=2, experts=5, top_k=2)
+        (folder / "texts").mkdir()
+        for number in range(4):
+            (folder / "texts" / f"{number}.txt").write_text(f"Text {number}: the expert that answers was asked.")
+    specification = {
+        "model": {"source": "./model", "dtype": dtype},
+        "corpus": {"sources": [{"kind": "text", "path": "texts", "domain": "prose"}], "max_tokens": 48},
+        "calibration": {"documents": 1},
+        "interventions": [{"kind": "zero"}, {"kind": "mean"}],
+        "attribution": True,
+        "engine": {"linear": "torch"},
+        "cluster": {"max_groups": 1, "ranks": ranks},
+    }
+    return AuditConfig.parse(yaml.safe_load(yaml.safe_dump(specification)), folder)
+
+
+def effects_of(folder: RunFolder) -> pd.DataFrame:
+    frame = folder.dataset("effects").to_table().to_pandas()
+    words = frame.select_dtypes("category").columns
+    frame = frame.astype(dict.fromkeys(words, "str"))
+    where = ["layer", "unit", "intervention", "sequence", "position", "expert"]
+    return frame.sort_values(where, ignore_index=True)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("ranks")
+
+
+def measured(place: Path, name: str, ranks: int, dtype: str) -> pd.DataFrame:
+    folder = RunFolder(str(place / name))
+    assert execute(prepare(audit_of(place, ranks, dtype)), folder, NoDisplay()).exit_status == 0
+    return effects_of(folder)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-9)])
+def test_two_ranks_give_the_effects_of_one(place: Path, dtype: str, tolerance: float) -> None:
+    one, two = (measured(place, f"{dtype}-{ranks}", ranks, dtype) for ranks in (1, 2))
+    assert len(one) == len(two) > 100
+    for name in one:
+        if one[name].dtype.kind == "f":
+            pd.testing.assert_series_equal(one[name], two[name], rtol=0, atol=tolerance)
+        else:
+            pd.testing.assert_series_equal(one[name], two[name])
+
+
+def test_more_ranks_than_experts_are_refused_before_anything_starts(place: Path) -> None:
+    with pytest.raises(ModelError, match=r"cluster\.ranks: 6 is more than the 5 experts of layer 0; use at most 5"):
+        prepare(audit_of(place, 6, "float32"))
+
+
+def test_a_rank_killed_in_mid_task_costs_nothing(tmp_path: Path) -> None:
+    """With the stub's tables, which depend on the task alone, so that one row lost or twice would be seen."""
+    plan = FaultPlan({("effects-0002", 1): "kill"}, rank=1)
+    folder, out = RunFolder(str(tmp_path)), io.StringIO()
+    policy = Policy(commit_results=3, relaunch_seconds=0.0)
+    outcome = execute(make_job(tasks=5, groups=1, ranks=2, plan=plan, policy=policy), folder, LineDisplay(out))
+    assert outcome.exit_status == 0
+    expected = [tables(task)["effects"] for task in make_job(tasks=5).stages[-1][1]]
+    assert rows_of([folder.dataset("effects").to_table()]) == rows_of(expected)
+    (loss,) = folder.lines("losses.jsonl")
+    assert (loss["task"], loss["attempt"]) == ("effects-0002", 1)
+    assert "rank 1: its process was killed by the system or crashed" in loss["reason"]
+    assert "effects-0002 runs again on another group. What is committed stays." in out.getvalue()
+
+
+def test_an_audit_whose_rank_is_killed_ends_with_the_same_bits(place: Path) -> None:
+    calm = measured(place, "calm", 2, "float32")
+    job = prepare(audit_of(place, 2, "float32"))
+    job = replace(job, make_worker=DiesOnce(job.make_worker, str(place / "died")))
+    folder = RunFolder(str(place / "disturbed"))
+    assert execute(job, folder, NoDisplay()).exit_status == 0
+    assert len(folder.lines("losses.jsonl")) == 1
+    pd.testing.assert_frame_equal(effects_of(folder), calm, check_exact=True)
