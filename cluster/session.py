@@ -9,9 +9,9 @@ import os
 import secrets
 import shutil
 import signal
-import sys
 import tempfile
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import dataclass
 from types import FrameType
@@ -19,10 +19,10 @@ from typing import Any
 
 import ray
 import ray.data
-
-from cluster.driver import RunError
+from ray._private import ray_constants
 
 _SCRATCH = "/tmp/moe-audit-"
+_STOPPING = (signal.SIGTERM, signal.SIGINT)
 
 
 def cores() -> int:
@@ -32,7 +32,7 @@ def cores() -> int:
 
 @contextmanager
 def ray_session(cpus: int) -> Iterator[None]:
-    """Within the block Ray is connected, for replicas that take ``cpus`` cores together.
+    """Within the block Ray is connected, for groups that take ``cpus`` cores together.
 
     A connection this process already has is used as it is. Otherwise RAY_ADDRESS names the cluster to join, and without
     it one of our own is started, which writes nothing to the home directory, leaves nothing behind and declares one
@@ -47,22 +47,13 @@ def ray_session(cpus: int) -> Iterator[None]:
             with _connected():
                 yield
         else:
-            _use_own_token()
             # Nobody reads the metrics of a cluster without a dashboard, and gathering them takes 2 % of two cores.
             os.environ.setdefault("RAY_enable_metrics_collection", "0")
             # Ray starts workers at nice 15: on two busy cores they then lose a tenth to Ray's own processes.
             os.environ.setdefault("RAY_worker_niceness", "0")
             local = {"address": "local", "num_cpus": max(cores(), cpus) + 1, "include_dashboard": False}
-            with _scratch() as folder, _connected(**local, _temp_dir=folder):
+            with _scratch() as folder, _own_token(), _loopback_only(), _connected(**local, _temp_dir=folder):
                 yield
-
-
-def require_resources(cpus: float, gpus: float) -> None:
-    """Raise RunError where the connected cluster does not hold this much, and one CPU more for Ray Data."""
-    have = ray.cluster_resources()
-    for name, wanted in (("CPU", cpus + 1), ("GPU", gpus)):
-        if have.get(name, 0) < wanted:
-            raise RunError(f"cluster.replicas: needs {wanted:g} {name}s, the Ray cluster has {have.get(name, 0):g}")
 
 
 @contextmanager
@@ -70,6 +61,7 @@ def _scratch() -> Iterator[str]:
     """A folder for Ray's own files, deleted afterwards; those that killed drivers could not delete are deleted first.
 
     It is directly below /tmp because socket paths end at 107 bytes, and TMPDIR may be deeper than Ray's leave room for.
+    Ray opens the folder it is given to everybody, so that lies in one that only its owner may enter.
     """
     for abandoned in glob.glob(f"{_SCRATCH}*/owner"):
         with suppress(OSError), open(abandoned, "rb") as owner:
@@ -79,31 +71,63 @@ def _scratch() -> Iterator[str]:
     try:
         with open(os.path.join(folder, "owner"), "wb") as owner:
             fcntl.flock(owner, fcntl.LOCK_EX)
-            yield folder
+            inner = os.path.join(folder, "r")
+            os.mkdir(inner)
+            yield inner
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
 def _connected(**options: Any) -> Iterator[None]:
-    for name in ("ray", "ray.data"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
+    logging.getLogger("ray").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # it prints the stack of every error that it also raises
     try:
+        with _handlers_kept():  # Ray's own end a driver within three seconds, whatever it has to finish
+            ray.init(logging_level=logging.ERROR, log_to_driver=False, **options)
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
         yield
+    except SystemExit as error:
+        if error.code == signal.SIGTERM:  # its handler's answer to a signal that came meanwhile
+            signal.alarm(0)  # with which it would end what is closed and deleted now
+            raise StopSignal(signal.SIGTERM) from None
+        raise
     finally:
         ray.shutdown()
 
 
-def _use_own_token() -> None:
-    """Ray's local clusters ask for a token; this one lives in the environment of this process and those it starts.
+@contextmanager
+def _own_token() -> Iterator[None]:
+    """A local cluster asks for a token, and this one lives in the environment of this process and those it starts.
 
-    Without it Ray writes one to the home directory. It stays for the life of the process, because Ray reads it once.
+    Without one Ray writes a file to the home directory that everybody can read. It stays for the life of the process,
+    because Ray reads it once. The mode is Ray's to set: it was read when Ray was imported, and where the environment
+    does not name one, ``ray.init`` switches a local cluster to tokens and says so in the environment.
     """
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    before = os.environ.pop("RAY_AUTH_MODE", None)
+    try:
+        yield
+    finally:
+        if before is not None:
+            os.environ["RAY_AUTH_MODE"] = before
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """A local cluster listens on 127.0.0.1 alone.
+
+    Ray does so where it holds a machine for unable to be part of a cluster, and everywhere else turns a loopback
+    address it is given into one that the network reaches.
+    """
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 @contextmanager
@@ -114,6 +138,14 @@ def _quiet() -> Iterator[None]:
     """
     with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stdout(nowhere):
         yield
+
+
+class StopSignal(KeyboardInterrupt):
+    """A signal ended what had nothing to finish first. ``status`` is the exit status a shell gives for it."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
 
 
 @dataclass(slots=True)
@@ -128,22 +160,44 @@ class StopRequest:
 
 @contextmanager
 def stop_signals() -> Iterator[StopRequest]:
-    """SIGTERM and Ctrl-C ask politely the first time; the second time they end the process.
-
-    Enter it inside :func:`ray_session`: Ray installs handlers of its own, which end a driver within three seconds.
-    """
+    """SIGTERM and Ctrl-C ask politely the first time; the second time they end the process."""
     request = StopRequest()
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
     def ask(number: int, frame: FrameType | None) -> None:
         if request.signal:
-            sys.exit(128 + number)
+            raise StopSignal(number)
         request.signal = number
 
-    for number in before:
-        signal.signal(number, ask)
-    try:
+    with _handled(ask):
         yield request
-    finally:
-        for number, handler in before.items():
+
+
+@contextmanager
+def ending_signals() -> Iterator[None]:
+    """SIGTERM and Ctrl-C raise StopSignal: the program ends by way of what it has to close and delete."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        raise StopSignal(number)
+
+    with _handled(end):
+        yield
+
+
+@contextmanager
+def _handled(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    with _handlers_kept():
+        for number in _STOPPING:
             signal.signal(number, handler)
+        yield
+
+
+@contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Handlers are the main thread's to set, Ray's included."""
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in before.items():
+                signal.signal(number, handler)

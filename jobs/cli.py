@@ -1,4 +1,4 @@
-"""The command line: ``moe-audit run | plan | status | reduce | cells | prune | compare | validate | models``.
+"""The command line: ``moe-audit run | submit | plan | status | reduce | cells | prune | compare | validate | ...``.
 
 What the commands do is in ``jobs.commands``, imported when one is called: help is answered without loading anything.
 """
@@ -15,6 +15,8 @@ EXAMPLES = """examples:
   moe-audit run audit.yaml --out runs/code --set layers=[1,3] --set positions.sample=500
   moe-audit plan audit.yaml --set scope=sequence
   moe-audit status runs/demo
+  moe-audit submit audit.yaml --out s3://bucket/run1 --address http://127.0.0.1:8265 --follow
+  moe-audit stop JOB --address http://127.0.0.1:8265
   moe-audit reduce runs/demo
   moe-audit cells contrasts.csv --out cells/
   moe-audit prune runs/importance --metric reap --keep 12 --out pruned/
@@ -22,6 +24,18 @@ EXAMPLES = """examples:
 
 exit status: 0 all done, 1 done but for quarantined tasks or ended by an error, 2 a mistake in what was asked for,
 130 or 143 stopped; the run command given again goes on where it was."""
+
+
+SUBMIT_EXAMPLES = """examples:
+  moe-audit submit configs/demo.yaml --out s3://bucket/demo --address http://127.0.0.1:8265 --follow
+  moe-audit submit audit.yaml --out s3://bucket/run1 --address http://127.0.0.1:8265 \\
+      --env AWS_ACCESS_KEY_ID --env AWS_SECRET_ACCESS_KEY
+  moe-audit submit audit.yaml --out /nfs/run1 --on-cluster /nfs --set model.source=/nfs/OLMoE-1B-7B-0924 \\
+      --address http://head:8265
+
+uploaded are the code, the configuration, and the local texts and the small checkpoint it names: 100 MiB at most, and
+nothing else. The same command again, under another job id, goes on where the run folder is. With --follow the exit
+status is the audit's own; Ctrl-C leaves the job running."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -42,16 +56,27 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="do an audit, or what is missing of it, into a folder")
     plan = commands.add_parser("plan", help="tasks, rows, predicted time and size of an audit, without running it")
-    status = commands.add_parser("status", help="how far the run in a folder has come")
+    status = commands.add_parser("status", help="how far the run in a folder, or a job on a cluster, has come")
+    submit = commands.add_parser(
+        "submit",
+        help="do an audit as a job on a Ray cluster",
+        epilog=SUBMIT_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    follow = commands.add_parser("follow", help="show what a job prints, and exit with its audit's status")
+    stop = commands.add_parser("stop", help="end a job; what is finished is committed")
     reduce = commands.add_parser("reduce", help="recompute every result of a run from its tables")
     cells = commands.add_parser("cells", help="statistics and verdicts of a contrast table, whoever measured it")
     prune = commands.add_parser("prune", help="write a smaller checkpoint without the experts a metric ranks lowest")
     compare = commands.add_parser("compare", help="a run beside the figures of arXiv 2606.10703")
     validate = commands.add_parser("validate", help="check a specification against its model and its texts")
+    cluster_check = commands.add_parser(
+        "cluster-check", help="check files that start a cluster, without contacting any"
+    )
     models = commands.add_parser(
         "models", help="what a checkpoint holds: layers, experts, top-k, router, shared experts"
     )
-    for command in (run, plan, validate, models):
+    for command in (run, submit, plan, validate, models):
         command.add_argument("config", metavar="CONFIG", help="the audit's specification, a YAML file")
         command.add_argument(
             "--set",
@@ -69,8 +94,9 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="how progress is shown (default: auto)",
     )
-    for command in (status, reduce, prune, compare):
+    for command in (reduce, prune, compare):
         command.add_argument("dir", metavar="DIR", help="a run's folder")
+    _add_jobs(submit, status, follow, stop)
     cells.add_argument("contrasts", metavar="CONTRASTS", help="a CSV or Parquet file; docs/tables.md has its columns")
     cells.add_argument("--out", metavar="DIR", required=True, help="where cells.parquet and cells.csv are written")
     cells.add_argument("--alpha", type=float, default=0.05, help="of a family of cells (default: 0.05)")
@@ -84,6 +110,12 @@ def parser() -> argparse.ArgumentParser:
         default=["delta_loss", "kl"],
         help="outcomes named before the data were seen (default: delta_loss kl)",
     )
+    cluster_check.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="for `ray up` or KubeRay: ray_cluster.yaml, configs/cluster/*.yaml",
+    )
     prune.add_argument("--metric", required=True, help="a metric of results/metrics.parquet, such as reap")
     prune.add_argument("--keep", type=int, required=True, help="experts that every MoE layer keeps")
     prune.add_argument("--out", metavar="CKPT", required=True, help="the new checkpoint's folder, new or empty")
@@ -91,6 +123,43 @@ def parser() -> argparse.ArgumentParser:
         "--published", metavar="MODEL", required=True, help="its published name, such as OLMoE-1B-7B-0924"
     )
     return top
+
+
+def _add_jobs(
+    submit: argparse.ArgumentParser,
+    status: argparse.ArgumentParser,
+    follow: argparse.ArgumentParser,
+    stop: argparse.ArgumentParser,
+) -> None:
+    submit.add_argument("--out", metavar="URL", required=True, help="the run's folder, as the cluster reaches it")
+    submit.add_argument("--follow", action="store_true", help="show what the job prints, and exit with its status")
+    submit.add_argument("--job-id", metavar="JOB", help="the job's name (default: of the audit's name and the time)")
+    submit.add_argument(
+        "--env",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="forward a variable of this environment, such as AWS_ACCESS_KEY_ID; may be repeated. "
+        "Whoever may use the cluster can read it",
+    )
+    submit.add_argument(
+        "--on-cluster",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="every node has this absolute path and all below it: nothing of it is uploaded; may be repeated",
+    )
+    submit.add_argument("--python", default="python", help="the cluster's Python that has moe-audit's dependencies")
+    status.add_argument("dir", metavar="DIR_OR_JOB", help="a run's folder; with --address, a job")
+    for command in (follow, stop):
+        command.add_argument("job", metavar="JOB", help="as `moe-audit submit` printed it")
+    for command in (submit, status, follow, stop):
+        command.add_argument(
+            "--address",
+            metavar="URL",
+            required=command is not status,
+            help="the dashboard of the cluster, such as http://127.0.0.1:8265; its token is RAY_AUTH_TOKEN",
+        )
 
 
 if __name__ == "__main__":

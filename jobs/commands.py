@@ -13,13 +13,19 @@ from audit.observations.registry import find_metric
 from audit.pruning import prune_by_metric
 from audit.runfolder import RunFolder, RunFolderError
 from audit.statistics.cells import Settings
+from audit.storage import StorageError
 from audit.studies.contrasts import ContrastError, cells_of, read_contrasts, write_cells
 from audit.studies.findings import findings
+from cluster.checkpoint_cache import local_folder
+from cluster.cluster_files import check_cluster_file
 from cluster.display import duration, make_display
 from cluster.driver import RunError
+from cluster.job_client import JobError
 from cluster.plan import prepare
+from cluster.remote_plan import prepare_for_run
 from cluster.run import Job, execute, identity_of, reduce_again, refuse_other
-from jobs import output
+from cluster.session import StopSignal, ending_signals
+from jobs import output, submit
 from jobs.compare import compare_with
 from jobs.console import complain, say
 from jobs.studies import show_cells
@@ -30,6 +36,9 @@ def call(command: str, given: argparse.Namespace) -> int:
     commands: dict[str, Callable[[argparse.Namespace], int]] = {
         "run": run,
         "plan": plan,
+        "submit": submit.submit,
+        "follow": submit.follow,
+        "stop": submit.stop,
         "status": status,
         "reduce": reduce,
         "cells": cells,
@@ -37,17 +46,21 @@ def call(command: str, given: argparse.Namespace) -> int:
         "compare": compare,
         "validate": validate,
         "models": models,
+        "cluster-check": cluster_check,
     }
     try:
-        return commands[command](given)
-    except (ConfigError, ContrastError, ModelError, RunFolderError) as error:
+        with ending_signals():
+            return commands[command](given)
+    except (ConfigError, ContrastError, JobError, ModelError, RunFolderError, StorageError) as error:
         complain(_sentence(error))
         return 2
     except RunError as error:
         complain(f"{_sentence(error)}; what is committed stays")
         return 1
-    except KeyboardInterrupt:
-        return 130
+    except StopSignal as signal:
+        if command in ("run", "reduce"):
+            complain("stopped; what is committed stays, and the same command goes on from there")
+        return signal.status
 
 
 def run(given: argparse.Namespace) -> int:
@@ -55,9 +68,10 @@ def run(given: argparse.Namespace) -> int:
     folder = RunFolder(given.out)
     folder.require_usable()
     refuse_other(folder, {"specification": identity_of(config.resolved())})  # before the model is loaded for nothing
-    job = prepare(config, folder.require_run()["identity"]["resolved"] if folder.holds_run() else None)
+    resolved = folder.require_run()["identity"]["resolved"] if folder.holds_run() else None
     display = make_display(given.display)
     try:
+        job = prepare_for_run(config, resolved, display.say)
         outcome = execute(job, folder, display)
     finally:
         display.close()
@@ -82,6 +96,8 @@ def plan(given: argparse.Namespace) -> int:
 
 
 def status(given: argparse.Namespace) -> int:
+    if given.address is not None:
+        return submit.status_of_job(given.dir, given.address)
     folder = RunFolder(given.dir)
     output.show_status(folder, folder.require_run())
     for note in _notes(folder):
@@ -131,6 +147,7 @@ def prune(given: argparse.Namespace) -> int:
             find_metric(given.metric).name,
             keep=given.keep,
             out=Path(given.out),
+            files=local_folder(run["model"]["source"]),
             revision=AuditConfig.parse(run["specification"], Path()).model.revision,
         )
     except FileNotFoundError as error:
@@ -165,9 +182,29 @@ def validate(given: argparse.Namespace) -> int:
 def models(given: argparse.Namespace) -> int:
     config = AuditConfig.load(given.config, given.set)
     where = config.model
-    found = describe(where.location(config.folder), revision=where.revision, trust_remote_code=where.trust_remote_code)
+    source = where.location(config.folder)
+    found = describe(
+        source,
+        files=local_folder(source, allow_pickle=where.allow_pickle),
+        revision=where.revision,
+        trust_remote_code=where.trust_remote_code,
+    )
     output.show_model(found)
     return 0
+
+
+def cluster_check(given: argparse.Namespace) -> int:
+    mistaken = False
+    for file in given.files:
+        found = check_cluster_file(Path(file))
+        mistaken |= bool(found.mistakes)
+        for mistake in found.mistakes:
+            complain(f"{file}: {mistake}")
+        if not found.mistakes:
+            say(f"{file} is in order: {found.what}")
+        for remark in found.remarks:
+            say(f"  note: {remark}")
+    return 2 if mistaken else 0
 
 
 def _tasks(job: Job) -> int:
@@ -180,6 +217,11 @@ def _about(folder: RunFolder) -> list[str]:
     model = run.get("model", {})
     method = run["identity"].get("resolved", {}).get("method")
     about = [f"corpus: {run['corpus']['summary']}"] if "corpus" in run else []
+    trusted = run.get("specification", {}).get("model", {})
+    if trusted.get("trust_remote_code"):
+        about.append("code that came with the checkpoint was run (model.trust_remote_code)")
+    if trusted.get("allow_pickle"):
+        about.append("pickled weights were allowed (model.allow_pickle)")
     if method == "oracle":
         about.append(f"one whole forward per effect (oracle): {model.get('engine_reason', 'asked for')}")
     return about
@@ -203,7 +245,7 @@ def _notes(folder: RunFolder) -> list[str]:
         notes.append(f"quarantined: {', '.join(given_up)}")
     seconds = sum(receipt.get("seconds", 0.0) for receipt in receipts)
     rows = sum(receipt["rows"].get("effects", 0) for receipt in receipts)
-    notes.append(f"{rows:,} effects in {len(done)} tasks, {duration(seconds)} of replica time")
+    notes.append(f"{rows:,} effects in {len(done)} tasks, {duration(seconds)} of group time")
     return notes
 
 

@@ -71,7 +71,7 @@ def show_pruned(found: PrunedCheckpoint) -> None:
 
 def show_plan(job: Job) -> None:
     """Tasks, rows, predicted cost and size."""
-    seconds, replicas = job.information["predicted"]["replica_seconds"], job.replicas
+    seconds, groups = job.information["predicted"]["group_seconds"], job.scale.max_groups
     print_table(
         "Plan",
         [
@@ -83,7 +83,7 @@ def show_plan(job: Job) -> None:
             }
             for p in job.information["plan"]
         ],
-        caption=f"about {duration(seconds)} of one replica, {duration(seconds / replicas)} of {replicas}; "
+        caption=f"about {duration(seconds)} of one group, {duration(seconds / groups)} of {groups}; "
         f"about {_size(job.information['predicted']['bytes'])} of effects on disk",
         left=("stage",),
     )

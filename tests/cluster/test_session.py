@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import json
 import os
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -33,7 +36,38 @@ def test_a_stop_signal_asks_and_the_second_one_insists() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop()
         assert stop.signal == signal.SIGTERM
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(session.StopSignal) as ended:
             os.kill(os.getpid(), signal.SIGTERM)
-        assert ended.value.code == 143
+        assert ended.value.status == 143
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_what_has_nothing_to_finish(number: signal.Signals, status: int) -> None:
+    with session.ending_signals(), pytest.raises(session.StopSignal) as ended:
+        os.kill(os.getpid(), number)
+    assert ended.value.status == status
+
+
+@pytest.mark.parametrize("mode", [None, "disabled"])
+def test_a_local_cluster_is_for_its_owner_alone(tmp_path: Path, mode: str | None) -> None:
+    here = Path(__file__)
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"HOME": str(tmp_path), "PYTHONPATH": str(here.parents[2])}
+    environment |= {} if mode is None else {"RAY_AUTH_MODE": mode}
+    command = [sys.executable, str(here.parent / "local_session.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found.pop("processes") > 4
+    assert set(found.pop("listening")) <= {"127.0.0.1", "::ffff:127.0.0.1", "::1"}
+    assert found == {
+        "mode": "drwx------",
+        "on a command line": False,
+        "in files": "",
+        "no token": "AuthenticationError",
+        "wrong token": "AuthenticationError",
+        "right token": "connected",
+        "left": False,
+    }
+    assert not (tmp_path / ".ray").exists()

@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "positions": {"sample": 90},
         "attribution": True,
         "studies": STUDIES,
-        "cluster": {"replicas": 1},
+        "cluster": {"max_groups": 1},
     }
     (folder / "audit.yaml").write_text(yaml.safe_dump(specification))
     return folder

@@ -37,7 +37,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "corpus": {"sources": [{"kind": "text", "path": "texts", "domain": "prose"}], "max_tokens": 48},
         "positions": {"sample": 60},
         "interventions": [{"kind": "zero"}, {"kind": "mean"}],
-        "cluster": {"replicas": 2},
+        "cluster": {"max_groups": 2},
     }
     (folder / "audit.yaml").write_text(yaml.safe_dump(specification))
     return folder
@@ -167,7 +167,7 @@ def test_another_specification_on_the_folder_is_refused(place: Path, finished: P
 
 def test_how_the_work_is_spread_may_change(place: Path, finished: Path, call: Call) -> None:
     status, _, _ = call(
-        "run", place / "audit.yaml", "--out", finished, "--set", "cluster.replicas=1", "--set", "name=other"
+        "run", place / "audit.yaml", "--out", finished, "--set", "cluster.max_groups=1", "--set", "name=other"
     )
     assert status == 0
 

@@ -31,7 +31,7 @@ SMALLER = (
     "studies.redundancy.documents=2",
     "studies.redundancy.metrics=[reap, utilization]",
     "studies.redundancy.bootstrap_draws=100",
-    "cluster.replicas=1",
+    "cluster.max_groups=1",
     "cluster.task_minutes=60",
 )
 
@@ -94,3 +94,42 @@ def test_a_published_configuration_runs_to_its_table(name: str, tmp_path: Path, 
     status, _, err = call("compare", run, "--published", "GPT-5")
     assert (status, err.count("\n")) == (2, 1)
     assert err.startswith("moe-audit: --published: 'GPT-5' was not published; published are OLMoE-1B-7B-0924, ")
+
+
+def test_progressive_ablation_is_compared(tmp_path: Path, call: Call) -> None:
+    model, run = MAIN["olmoe"], tmp_path / "run"
+    tiny_checkpoint(model, tmp_path / "model")
+    lines = [f"The expert number {n} answers what another expert was asked about the weather." * 2 for n in range(4)]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    settings = (
+        *(setting for setting in SMALLER if setting.startswith(("model.", "cluster."))),
+        f"model.source={tmp_path}/model",
+        f"corpus.sources=[{{kind: text, path: {tmp_path}/text.txt, domain: wikipedia, per_line: true}}]",
+        "layers=[9, 15]",
+        "positions.sample=4",
+        "studies.progressive.positions=4",
+        "studies.progressive.draws=2",
+    )
+    given = [part for setting in settings for part in ("--set", setting)]
+    status, _, err = call("run", CONFIGS / "olmoe_progressive.yaml", "--out", run, "--display", "none", *given)
+    assert status == 0, err
+    status, out, err = call("compare", run, "--published", model)
+    assert (status, err) == (0, "")
+    assert "progressive ablation: " in out
+    table = pd.read_csv(run / "results" / "side_by_side.csv")
+    found = table[table["part"] == "progressive ablation"].set_index(["layer", "count"])
+    assert set(found.index) == {(layer, count) for layer in (0, 1, 7, 8, 9, 15) for count in range(1, 8)}
+    effects = RunFolder(str(run)).dataset("effects").to_table().to_pandas()
+    for layer in (9, 15):
+        for count in range(1, 8):
+            rows = [
+                (row.sequence, row.position, row.delta_loss)
+                for row in effects.itertuples()
+                if row.layer == layer and row.unit == "set" and row.target == "highest" and row.parameter == count
+            ]
+            losses = [loss for _, _, loss in rows if loss == loss]  # NaN at the last token of a text
+            assert len(rows) == len({row[:2] for row in rows}) == 4
+            assert found.loc[(layer, count), "n"] == len(losses) > 0
+            assert found.loc[(layer, count), "mean"] == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+    assert (found.loc[[0, 1, 7, 8], "n"] == 0).all()
+    assert found.loc[[0, 1, 7, 8], "reason"].str.startswith("0 documents with this removal").all()
