@@ -29,10 +29,10 @@ check: $(STAMP)  ## ruff and strict mypy
 	$(BIN)/mypy
 
 test: check  ## lint, types and every behaviour at small sizes
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
 
 test-all: check  ## the same with the full grids of families, sizes and seeds
-	$(BIN)/python -m pytest --full
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --full
 
 clean:  ## remove the virtual environment and caches; runs stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

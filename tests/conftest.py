@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -12,12 +13,17 @@ import torch
 
 torch.set_num_threads(1)
 
+_TESTS = Path(__file__).parent
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the whole grid of sizes, seeds and families")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(_TESTS / "cluster") or item.path.is_relative_to(_TESTS / "jobs"):
+            item.add_marker(pytest.mark.xdist_group("ray"))  # they start clusters: one at a time, in one process
     if config.getoption("--full"):
         return
     full = [item for item in items if item.get_closest_marker("full")]
