@@ -1,9 +1,9 @@
-"""What going through Ray costs, and what one-thread replicas give over one process with two threads.
+"""What going through Ray costs, and what one-thread groups give over one process with two threads.
 
     python -m benchmarks.through_ray --minutes 5 --markdown benchmarks/2026-01-01_through_ray.md
 
 One after another in one run: by one process with two threads, by two bare one-thread processes, and by two one-thread
-replicas through Ray (driver, object store, commits to Parquet and all). Ray does every task; the bare processes do
+groups through Ray (driver, object store, commits to Parquet and all). Ray does every task; the bare processes do
 every sixteenth, spread over the whole, after one task to warm up, before and after Ray. A task of short sentences takes
 longer per effect than one of long ones, so what is compared is predicted work per second, shown as effects at the
 audit's mean work per effect. Ray's rate is the slope of finished work over time without its first 30 seconds and its
@@ -35,7 +35,6 @@ from audit.runfolder import RunFolder
 from benchmarks.effects import WIDE
 from benchmarks.model import olmoe_shaped
 from cluster.display import NoDisplay
-from cluster.engine_worker import EngineWorker
 from cluster.plan import prepare
 from cluster.run import Job, execute
 from cluster.tasks import Task
@@ -57,7 +56,7 @@ def specification(checkpoint: Path, documents: int, threads: int) -> AuditConfig
         "corpus": {"sources": [{"kind": "demo", "documents_per_domain": documents}], "max_tokens": 256},
         "calibration": {"documents": 3},
         "engine": {"threads": threads},
-        "cluster": {"replicas": 2 if threads == 1 else 1},
+        "cluster": {"max_groups": 2 if threads == 1 else 1},
     }
     return AuditConfig.parse(data, checkpoint)
 
@@ -72,8 +71,8 @@ def bare(
 ) -> None:
     """One process that runs its share of the tasks without Ray, and reports predicted operations per second."""
     transformers.logging.set_verbosity_error()
-    tasks = measuring(prepare(config, resolved))
-    worker = EngineWorker(config, resolved, ("code", "prose", "math"), "unused")
+    job = prepare(config, resolved)
+    tasks, worker = measuring(job), job.make_worker("unused")
     worker.run(tasks[0], 1)  # warm up
     together.wait()
     start = time.perf_counter()
@@ -147,14 +146,14 @@ def main() -> None:
     print(f"two bare one-thread processes: {pair:,.0f} effects/s", flush=True)
     through = ray_rate(job)
     steady = through.rate / per_effect
-    print(f"two one-thread replicas through Ray: {steady:,.0f} effects/s", flush=True)
+    print(f"two one-thread groups through Ray: {steady:,.0f} effects/s", flush=True)
     again = bare_rate(one, resolved, both) / per_effect
     single_again = bare_rate(two, resolved, alone) / per_effect
     table = pd.DataFrame(
         [
             {"how": "one process, two threads, before", "effects/s": round(single)},
             {"how": "two bare one-thread processes, before", "effects/s": round(pair)},
-            {"how": "two one-thread replicas through Ray", "effects/s": round(steady)},
+            {"how": "two one-thread groups through Ray", "effects/s": round(steady)},
             {"how": "two bare one-thread processes, after", "effects/s": round(again)},
             {"how": "one process, two threads, after", "effects/s": round(single_again)},
         ]
@@ -165,7 +164,7 @@ def main() -> None:
         f"Through Ray against one process with two threads: {2 * steady / (single + single_again):.2f} times.\n"
         f"Through Ray against bare processes: {2 * steady / (pair + again):.1%} of their rate, over "
         f"{through.steady:.0f} s of steady work ({through.rows:,} effects in all).\n"
-        f"Before the first effect task: {through.before:.1f} s (model, Ray, replicas, calibration).\n"
+        f"Before the first effect task: {through.before:.1f} s (model, Ray, groups, calibration).\n"
     )
     print(text)
     if arguments.markdown:

@@ -2,8 +2,8 @@
 
 For every audited token the active experts are ranked by the metric; the effect of the lowest is subtracted from that of
 the highest. One shared sample of tokens serves every metric, every token-level predictor and both negative controls, so
-that all of them stand in one table. ``study_layer`` is all that needs the effects; ``audit.studies.importance_tables``
-puts layers together.
+that all of them stand in one table. ``study_layer`` is all that needs the effects, and gives one candidate after the
+other, so that the pairs of one are in memory at a time; ``audit.studies.importance_tables`` puts them together.
 
 Shapes: N tokens, K active experts, O outcomes, R rankings, E experts of the layer.
 """
@@ -27,7 +27,7 @@ from audit.statistics.pooled import LayerPairs
 from audit.statistics.ranks import kendall_rows, spearman_rows, top1_hits
 from audit.studies.active_experts import OUTCOMES, PREDICTORS, ActiveExperts
 from audit.studies.ends import Floats, ends, standardized
-from audit.studies.identity import identity_cells, noise_quantiles
+from audit.studies.identity import IDENTITY, identity_cells, noise_quantiles
 from audit.studies.null import Null, NullRankings
 
 RANDOM_TOKEN, RANDOM_RANKING = "random_token", "random_ranking"
@@ -64,15 +64,18 @@ class Cell:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class LayerStudy:
-    """What one layer gives: rows of the cell, correlation and control tables, and the pairs behind pooled lines."""
+class CandidateStudy:
+    """What one candidate gives at one layer, or the identity rows do: rows of the cell, correlation and control tables,
+    and the pairs behind its pooled lines and contrasts.
+    """
 
     cell: Cell
+    candidate: str
     cells: list[dict[str, Any]]
-    correlations: list[dict[str, Any]]
-    controls: list[dict[str, Any]]
-    lines: list[tuple[dict[str, Any], LayerPairs]]
-    contrasts: pd.DataFrame | None
+    correlations: list[dict[str, Any]] = field(default_factory=list)
+    controls: list[dict[str, Any]] = field(default_factory=list)
+    lines: list[tuple[dict[str, Any], LayerPairs]] = field(default_factory=list)
+    contrasts: list[pd.DataFrame] = field(default_factory=list)  # one per line, where they are asked for
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -89,8 +92,8 @@ class _Candidate:
 
 def study_layer(
     active: ActiveExperts, metrics: pd.DataFrame, noise: pd.DataFrame, cell: Cell, question: Question
-) -> LayerStudy:
-    """Every cell of one layer, intervention and scope.
+) -> Iterator[CandidateStudy]:
+    """Every cell of one layer, intervention and scope, candidate by candidate; the identity's come last.
 
     ``metrics``: the rows of ``results/metrics.parquet`` over all domains; ``noise``: |outcome| and ``delta_loss`` of
     the layer's identity rows, with their document. Raises ValueError where there is nothing to study: no effects, or a
@@ -103,61 +106,64 @@ def study_layer(
     effect_NKO = np.stack([active.outcomes[name] for name in question.outcomes], axis=-1)
     null = NullRankings(active, effect_NKO, question.random_rankings, partial(_generator, question, cell))
     floors = noise_quantiles(noise, question.outcomes)
-    cells: list[dict[str, Any]] = []
-    correlations: list[dict[str, Any]] = []
-    controls: list[dict[str, Any]] = []
-    lines: list[tuple[dict[str, Any], LayerPairs]] = []
-    contrasts: list[pd.DataFrame] = []
-    token_N = (active.sequence_N << 32) + active.position_N
     for candidate in _candidates(active, metrics, cell, question):
-        found = ends(candidate.score_NK)
-        high_NO, low_NO = found.effects(effect_NKO)
-        high_expert_N, low_expert_N = found.experts(active.expert_NK)
-        d_O, _ = standardized(high_NO, low_NO, found.paired_N)
-        value_E = candidate.value_E
-        unknowing = null.within_tokens(candidate.score_NK) if value_E is None else null.over_experts(value_E)
-        for o, outcome in enumerate(question.outcomes):
-            if outcome not in candidate.outcomes:
-                continue
-            defined_N = active.defined_N(outcome)
-            used = np.flatnonzero(found.paired_N & defined_N)
-            key = {
-                "model": cell.model, "layer": cell.layer, "metric": candidate.name, "outcome": outcome,
-                "intervention": cell.intervention, "scope": cell.scope, "label": candidate.label,
-                "orientation": candidate.orientation,
-            }  # fmt: skip
-            pairs = Pairs(
-                high_N=high_NO[used, o],
-                low_N=low_NO[used, o],
-                document_N=active.document_N[used],
-                expert_high_N=high_expert_N[used],
-                expert_low_N=low_expert_N[used],
-            )
-            row = cell_row(
-                pairs,
-                key,
-                question.settings,
-                ties=int((defined_N & ~found.paired_N & found.high_NK.any(1)).sum()),
-                p_permutation=None if no_spread(pairs.finite()) else unknowing.p(d_O[o], o),
-                noise_floor=floors[outcome],
-            )
-            row["notes"] = "; ".join(filter(None, [row["notes"], _unranked(active, candidate.score_NK, defined_N)]))
-            cells.append(row)
-            correlations.append(key | _correlation(active, candidate.score_NK, outcome, question.settings))
-            lines.append((key, LayerPairs(token_N=token_N[used], pairs=pairs)))
-            if candidate.name in (RANDOM_TOKEN, RANDOM_RANKING):
-                controls.append(key | _rejection(unknowing, o))
-            if question.contrasts:
-                contrasts.append(_contrasts(active, key, used, pairs))
-    cells += identity_cells(noise, floors, asdict(cell), question.settings)
-    return LayerStudy(
-        cell=cell,
-        cells=cells,
-        correlations=correlations,
-        controls=controls,
-        lines=lines,
-        contrasts=pd.concat(contrasts, ignore_index=True) if contrasts else None,
+        yield _study(candidate, active, effect_NKO, null, floors, cell, question)
+    yield CandidateStudy(
+        cell=cell, candidate=IDENTITY, cells=identity_cells(noise, floors, asdict(cell), question.settings)
     )
+
+
+def _study(
+    candidate: _Candidate,
+    active: ActiveExperts,
+    effect_NKO: Floats,
+    null: NullRankings,
+    floors: Mapping[str, float | None],
+    cell: Cell,
+    question: Question,
+) -> CandidateStudy:
+    study = CandidateStudy(cell=cell, candidate=candidate.name, cells=[])
+    token_N = (active.sequence_N << 32) + active.position_N
+    found = ends(candidate.score_NK)
+    high_NO, low_NO = found.effects(effect_NKO)
+    high_expert_N, low_expert_N = found.experts(active.expert_NK)
+    d_O, _ = standardized(high_NO, low_NO, found.paired_N)
+    value_E = candidate.value_E
+    unknowing = null.within_tokens(candidate.score_NK) if value_E is None else null.over_experts(value_E)
+    for o, outcome in enumerate(question.outcomes):
+        if outcome not in candidate.outcomes:
+            continue
+        defined_N = active.defined_N(outcome)
+        used = np.flatnonzero(found.paired_N & defined_N)
+        key = {
+            "model": cell.model, "layer": cell.layer, "metric": candidate.name, "outcome": outcome,
+            "intervention": cell.intervention, "scope": cell.scope, "label": candidate.label,
+            "orientation": candidate.orientation,
+        }  # fmt: skip
+        pairs = Pairs(
+            high_N=high_NO[used, o],
+            low_N=low_NO[used, o],
+            document_N=active.document_N[used],
+            expert_high_N=high_expert_N[used],
+            expert_low_N=low_expert_N[used],
+        )
+        row = cell_row(
+            pairs,
+            key,
+            question.settings,
+            ties=int((defined_N & ~found.paired_N & found.high_NK.any(1)).sum()),
+            p_permutation=None if no_spread(pairs.finite()) else unknowing.p(d_O[o], o),
+            noise_floor=floors[outcome],
+        )
+        row["notes"] = "; ".join(filter(None, [row["notes"], _unranked(active, candidate.score_NK, defined_N)]))
+        study.cells.append(row)
+        study.correlations.append(key | _correlation(active, candidate.score_NK, outcome, question.settings))
+        study.lines.append((key, LayerPairs(token_N=token_N[used], pairs=pairs)))
+        if candidate.name in (RANDOM_TOKEN, RANDOM_RANKING):
+            study.controls.append(key | _rejection(unknowing, o))
+        if question.contrasts:
+            study.contrasts.append(_contrasts(active, key, used, pairs))
+    return study
 
 
 # ---- what ranks experts ----------------------------------------------------------------------------------------------

@@ -1,44 +1,56 @@
-"""The tables of the importance audit, from what every layer gave: cells with verdicts, pooled lines, controls."""
+"""The tables of the importance audit, from what every candidate gave at every layer."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
 
 from audit.statistics.cells import CELL, cell_table
 from audit.statistics.pooled import POOLED, LayerPairs, pooled_row, pooled_table
-from audit.studies.importance import LayerStudy, Question
+from audit.studies.importance import CandidateStudy, Question
+
+CONTRASTS = (*CELL, "sequence", "position")  # what the table of contrasts is sorted by
 
 
-def importance_tables(studies: Sequence[LayerStudy], question: Question) -> dict[str, pd.DataFrame]:
+def importance_tables(studies: Iterable[CandidateStudy], question: Question) -> dict[str, pd.DataFrame]:
     """``cells``, ``pooled``, ``correlations``, ``controls`` and, where asked for, ``contrasts``; docs/tables.md.
 
-    The order of the studies does not matter, to the last bit.
+    The order of the studies does not matter, to the last bit. All their pairs are held in memory.
     """
-    tables = {
-        "cells": cell_table([row for study in studies for row in study.cells], question.settings),
-        "pooled": _pooled(studies, question),
-        "correlations": _sorted([row for study in studies for row in study.correlations]),
-        "controls": _sorted([row for study in studies for row in study.controls]),
-    }
+    studies = list(studies)
+    cells, *others = row_tables(studies, question).items()
+    tables = dict([cells, ("pooled", pooled_table(_pooled_rows(studies, question))), *others])
     if question.contrasts:
-        contrasts = [study.contrasts for study in studies if study.contrasts is not None]
-        order = [*CELL, "sequence", "position"]
-        tables["contrasts"] = pd.concat(contrasts, ignore_index=True).sort_values(order, ignore_index=True)
+        contrasts = [table for study in studies for table in study.contrasts]
+        tables["contrasts"] = pd.concat(contrasts, ignore_index=True).sort_values([*CONTRASTS], ignore_index=True)
     return tables
 
 
-def _pooled(studies: Sequence[LayerStudy], question: Question) -> pd.DataFrame:
+def row_tables(studies: Sequence[CandidateStudy], question: Question) -> dict[str, pd.DataFrame]:
+    """The tables that need no pairs: ``cells``, ``correlations`` and ``controls``."""
+    return {
+        "cells": cell_table([row for study in studies for row in study.cells], question.settings),
+        "correlations": _sorted([row for study in studies for row in study.correlations]),
+        "controls": _sorted([row for study in studies for row in study.controls]),
+    }
+
+
+def pooled_key(key: dict[str, Any]) -> dict[str, Any]:
+    """What the lines of all layers share of the key of one layer's cell."""
+    return {name: value for name, value in key.items() if name != "layer"}
+
+
+def _pooled_rows(studies: Sequence[CandidateStudy], question: Question) -> list[dict[str, Any]]:
     layers: dict[tuple[Any, ...], dict[int, LayerPairs]] = {}
     keys: dict[tuple[Any, ...], dict[str, Any]] = {}
     for study in studies:
         for key, pairs in study.lines:
             line = tuple(key[name] for name in POOLED)
             layers.setdefault(line, {})[study.cell.layer] = pairs
-            keys.setdefault(line, {name: value for name, value in key.items() if name != "layer"})
-    return pooled_table(pooled_row(layers[line], keys[line], question.settings) for line in sorted(layers))
+            keys.setdefault(line, pooled_key(key))
+    return [pooled_row(layers[line], keys[line], question.settings) for line in sorted(layers)]
 
 
 def _sorted(rows: Sequence[dict[str, Any]]) -> pd.DataFrame:

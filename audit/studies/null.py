@@ -9,6 +9,7 @@ Shapes: N tokens, K active experts, O outcomes, R rankings, E experts of the lay
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from math import sqrt
@@ -55,14 +56,14 @@ class NullRankings:
         self, active: ActiveExperts, effect_NKO: Floats, rankings: int, generator: Callable[[str], np.random.Generator]
     ) -> None:
         self._active, self._effect_NKO, self._rankings, self._generator = active, effect_NKO, rankings, generator
-        self._found: dict[tuple[bytes, ...], Null] = {}
+        self._found: dict[tuple[str, bytes], Null] = {}
 
     def over_experts(self, value_E: Floats) -> Null:
         """Of a metric: its values permuted over the experts that have one."""
         rank_E = rankdata(value_E, nan_policy="omit")
         known_E = ~np.isnan(rank_E)
         rank_E[known_E] = np.sort(rank_E[known_E])  # so that it does not matter which candidate comes first
-        key = (b"experts", rank_E.tobytes())
+        key = ("experts", _digest(rank_E))
         if key not in self._found:
             rankings = shuffled_rankings(rank_E, self._rankings, self._generator("over experts"))
             self._found[key] = self._reached(self._active.scores(rank) for rank in rankings)
@@ -74,7 +75,7 @@ class NullRankings:
         tied = bool((ordered_NK[:, 1:] == ordered_NK[:, :-1]).any())
         if not tied:  # all scores without ties are permuted alike: it does not matter which candidate comes first
             score_NK = np.where(np.isnan(score_NK), np.nan, np.arange(score_NK.shape[1]))
-        key = (b"tokens", score_NK.tobytes())
+        key = ("tokens", _digest(score_NK))
         if key not in self._found:
             self._found[key] = self._reached(
                 shuffled_within_tokens(score_NK, self._rankings, self._generator("within tokens"))
@@ -91,3 +92,8 @@ class NullRankings:
             d.append(d_O)
             pairs.append(pairs_O)
         return Null(np.array(d), np.array(pairs))
+
+
+def _digest(values: Floats) -> bytes:
+    """Stands for the values: they themselves would fill the memory with one copy per kind of ties."""
+    return hashlib.sha256(np.ascontiguousarray(values).data).digest()

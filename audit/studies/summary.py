@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,21 @@ NOISE_QUANTILE = 0.999
 
 _KEYS = (*CELL, "expert")
 _BUCKET_BITS = 3  # exponents are kept in buckets of 8: 24 + 7 bits per row leave room for 2**32 rows in 64
+_FLOOR = pa.schema(
+    [
+        ("layer", pa.int16()),
+        ("scope", pa.string()),
+        ("outcome", pa.string()),
+        ("rows", pa.int64()),
+        ("quantile_999", pa.float64()),
+        ("maximum", pa.float64()),
+        ("routing_changed", pa.float64()),
+        ("repeats", pa.int64()),
+        ("repeat_quantile_999", pa.float64()),
+        ("repeat_maximum", pa.float64()),
+        ("repeats_rerouted", pa.int64()),
+    ]
+)
 _PARTIAL = pa.schema(
     [
         ("layer", pa.int64()),
@@ -46,7 +62,7 @@ def noise_values(effects: pa.Table) -> pa.Table:
     """What numerics do in a part of an effect table: |outcome| of the identity rows, and |outcome of the repeat -
     outcome| of the repeated ones (``repeated`` true). Columns: layer, scope, repeated, the outcomes that have a floor.
     """
-    identity = effects.filter(pc.equal(pc.cast(effects["unit"], pa.string()), "identity"))
+    identity = effects.filter(_is_identity(effects))
     repeated = effects.filter(effects["repeated"])
     parts = [
         (identity, {name: identity[name] for name in COMPARED}),
@@ -55,14 +71,29 @@ def noise_values(effects: pa.Table) -> pa.Table:
     return pa.concat_tables(
         pa.table(
             {
-                "layer": pc.cast(rows["layer"], pa.int64()),
-                "scope": pc.cast(rows["scope"], pa.string()),
+                "layer": pc.cast(rows["layer"], pa.int16()),
+                "scope": pc.dictionary_encode(pc.cast(rows["scope"], pa.string())),
                 "repeated": pa.repeat(rows is repeated, rows.num_rows),
             }
             | {name: pc.abs(_wide(values)) for name, values in found.items()}
         )
         for rows, found in parts
     )
+
+
+def _is_identity(effects: pa.Table) -> pa.ChunkedArray:
+    return pc.equal(pc.cast(effects["unit"], pa.string()), "identity")
+
+
+def _codes(column: pa.ChunkedArray) -> np.ndarray:
+    """The place of each row's word among :func:`_words`; -1 where it is null. Words themselves take 60 bytes each."""
+    codes: np.ndarray = pc.fill_null(pc.cast(column.combine_chunks().indices, pa.int64()), -1).to_numpy()
+    return codes
+
+
+def _words(column: pa.ChunkedArray) -> list[str]:
+    """The words of a column whose chunks share their dictionary."""
+    return list(column.chunk(0).dictionary.to_pylist()) if column.num_chunks else []
 
 
 def _wide(values: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -73,24 +104,30 @@ def noise_floor(values: Iterable[pa.Table], routing_changes: Iterable[Mapping[in
     """What numerics alone do: per layer, scope and outcome the 99.9 % quantile and the maximum over identity rows, and
     the same two of |outcome of a repeat - outcome of the effect it repeats|.
 
-    ``values``: :func:`noise_values` of every part, all held in memory (16 bytes per such row and outcome at most).
-    ``routing_changes``: per task {layer: (identity rows, those whose expert sets changed above)}; their share is
+    ``values``: :func:`noise_values` of every part, all held in memory (40 bytes per such row, 80 while it is worked
+    on). ``routing_changes``: per task {layer: (identity rows, those whose expert sets changed above)}; their share is
     ``routing_changed`` (null where no such row was run). ``repeats_rerouted`` counts the repeats without an outcome,
     because the other rounding routed their token to other experts.
     """
-    frame = pa.concat_tables(values).to_pandas()
+    table = pa.concat_tables(values).unify_dictionaries()
+    layer_N, repeated_N, scopes = table["layer"].to_numpy(), table["repeated"].to_numpy(), _words(table["scope"])
+    scope_N = _codes(table["scope"])
     checked: dict[int, np.ndarray] = {}
     for changes in routing_changes:
         for layer, counts in changes.items():
             checked[int(layer)] = checked.get(int(layer), np.zeros(2, np.int64)) + np.asarray(counts, np.int64)
     records: list[dict[str, Any]] = []
-    for (layer, scope), rows in frame.groupby(["layer", "scope"], sort=True):
+    for layer, scope in product(np.unique(layer_N).tolist(), sorted(scopes)):
+        here_N = (layer_N == layer) & (scope_N == scopes.index(scope))
+        if not here_N.any():
+            continue
         for outcome in COMPARED:
-            found, repeats = (_finite(rows[outcome][rows["repeated"] == which]) for which in (False, True))
-            seen, changed = checked.get(int(layer), (0, 0))
+            value_N = table[outcome].to_numpy()  # null is nan
+            found, repeats = (_finite(value_N[here_N & (repeated_N == which)]) for which in (False, True))
+            seen, changed = checked.get(layer, (0, 0))
             records.append(
                 {
-                    "layer": int(layer),
+                    "layer": layer,
                     "scope": scope,
                     "outcome": outcome,
                     "rows": found.size,
@@ -98,32 +135,15 @@ def noise_floor(values: Iterable[pa.Table], routing_changes: Iterable[Mapping[in
                     "routing_changed": float(changed / seen) if seen else None,
                     "repeats": repeats.size,
                     **_extremes(repeats, "repeat_quantile_999", "repeat_maximum"),
-                    "repeats_rerouted": int(rows["kl"][rows["repeated"]].isna().sum()),
+                    "repeats_rerouted": int(np.isnan(table["kl"].to_numpy()[here_N & repeated_N]).sum()),
                 }
             )
-    return pa.Table.from_pylist(
-        records,
-        pa.schema(
-            [
-                ("layer", pa.int16()),
-                ("scope", pa.string()),
-                ("outcome", pa.string()),
-                ("rows", pa.int64()),
-                ("quantile_999", pa.float64()),
-                ("maximum", pa.float64()),
-                ("routing_changed", pa.float64()),
-                ("repeats", pa.int64()),
-                ("repeat_quantile_999", pa.float64()),
-                ("repeat_maximum", pa.float64()),
-                ("repeats_rerouted", pa.int64()),
-            ]
-        ),
-    )
+    return pa.Table.from_pylist(records, _FLOOR)
 
 
-def _finite(values: pd.Series[float]) -> np.ndarray:
-    found = values.to_numpy(np.float64)
-    return found[np.isfinite(found)]
+def _finite(values: np.ndarray) -> np.ndarray:
+    found: np.ndarray = values[np.isfinite(values)]
+    return found
 
 
 def _extremes(values: np.ndarray, quantile: str, maximum: str) -> dict[str, float | None]:
@@ -136,42 +156,62 @@ def _extremes(values: np.ndarray, quantile: str, maximum: str) -> dict[str, floa
 def partial_sums(effects: pa.Table, floor: pa.Table) -> pa.Table:
     """Exact sums over one part of an effect table, for :func:`merge`; ``floor`` is the table of :func:`noise_floor`.
 
-    Identity rows are left out: they measure the noise floor, not an effect.
+    Identity rows are left out: they measure the noise floor, not an effect. Memory: some 200 bytes per row.
     """
-    effects = effects.filter(pc.not_equal(pc.cast(effects["unit"], pa.string()), "identity"))
+    effects = effects.filter(pc.invert(_is_identity(effects)))
     if not effects.num_rows:
         return _PARTIAL.empty_table()
-    frame = pa.table({name: pc.cast(effects[name], _PARTIAL.field(name).type) for name in _KEYS}).to_pandas()
-    group = frame.groupby(list(_KEYS), dropna=False, sort=False).ngroup().to_numpy()  # numbered by first appearance
-    keys = pa.Table.from_pandas(frame.drop_duplicates(), preserve_index=False)
-    parts: list[pa.Table] = []
+    group_N, keys = _groups(effects)
+    names: list[str] = []
+    quantities: list[np.ndarray] = []
+    places: list[np.ndarray] = []
+    totals: list[np.ndarray] = []
+    buckets: list[np.ndarray] = []
 
-    def add(quantity: str, totals: np.ndarray, buckets: np.ndarray | None = None) -> None:
-        lowest, highest = (int(buckets.min()), int(buckets.max())) if buckets is not None else (0, 0)
+    def add(quantity: str, total_N: np.ndarray, bucket_N: np.ndarray | None = None) -> None:
+        lowest, highest = (int(bucket_N.min()), int(bucket_N.max())) if bucket_N is not None else (0, 0)
         width = highest - lowest + 1
         sums = np.zeros(keys.num_rows * width, np.int64)
-        np.add.at(sums, group * width + (0 if buckets is None else buckets - lowest), totals.astype(np.int64))
+        np.add.at(sums, group_N * width + (0 if bucket_N is None else bucket_N - lowest), total_N.astype(np.int64))
         kept = np.flatnonzero(sums)
-        columns = {name: keys[name].take(pa.array(kept // width)) for name in _KEYS}
-        columns |= {"quantity": pa.repeat(pa.scalar(quantity), len(kept))}
-        columns |= {"bucket": pa.array(kept % width + lowest), "total": pa.array(sums[kept])}
-        parts.append(pa.table(columns).cast(_PARTIAL))
+        places.append(kept // width)
+        buckets.append(kept % width + lowest)
+        totals.append(sums[kept])
+        quantities.append(np.full(len(kept), len(names)))
+        names.append(quantity)
 
-    add("rows", np.ones(len(group)))
+    add("rows", np.ones(len(group_N)))
     for name in AVERAGED:
         column = effects["delta_loss" if name == "abs_delta_loss" else name]
-        values = pc.cast(column, pa.float32()).to_numpy().astype(np.float64)  # null becomes nan
-        values = np.abs(values) if name == "abs_delta_loss" else values
-        finite = np.isfinite(values)
-        add(f"finite:{name}", finite)
-        add(f"nonfinite:{name}", pc.is_valid(column).to_numpy() & ~finite)
-        buckets, integers = _integers(np.where(finite, values, 0.0))
-        add(name, integers, buckets)
+        value_N = pc.cast(column, pa.float32()).to_numpy().astype(np.float64)  # null becomes nan
+        value_N = np.abs(value_N) if name == "abs_delta_loss" else value_N
+        finite_N = np.isfinite(value_N)
+        add(f"finite:{name}", finite_N)
+        add(f"nonfinite:{name}", pc.is_valid(column).to_numpy() & ~finite_N)
+        bucket_N, integer_N = _integers(np.where(finite_N, value_N, 0.0))
+        add(name, integer_N, bucket_N)
         if name in COMPARED:
-            quantile = _floor_of(floor, name, frame["layer"].to_numpy(), frame["scope"].to_numpy())
-            add(f"compared:{name}", finite & ~np.isnan(quantile))
-            add(f"below:{name}", np.abs(values) < quantile)  # nan is below nothing
-    return pa.concat_tables(parts)
+            quantile_N = _floor_of(floor, name, keys)[group_N]
+            add(f"compared:{name}", finite_N & ~np.isnan(quantile_N))
+            add(f"below:{name}", np.abs(value_N) < quantile_N)  # nan is below nothing
+    columns = {name: keys[name].take(pa.array(np.concatenate(places))) for name in _KEYS}
+    columns |= {"quantity": pa.array(names).take(pa.array(np.concatenate(quantities)))}
+    columns |= {"bucket": pa.array(np.concatenate(buckets)), "total": pa.array(np.concatenate(totals))}
+    return pa.table(columns).cast(_PARTIAL)
+
+
+def _groups(effects: pa.Table) -> tuple[np.ndarray, pa.Table]:
+    """The number of each row's group, and the groups' keys; null is a key like any other."""
+    number_N = np.zeros(effects.num_rows, np.int64)
+    for name in _KEYS:
+        column = effects[name].unify_dictionaries()
+        is_word = pa.types.is_dictionary(column.type)
+        code_N = _codes(column) if is_word else pd.factorize(column.to_numpy())[0]  # null is -1
+        number_N = pd.factorize(number_N * (int(code_N.max()) + 2) + code_N + 1)[0]  # below rows x codes: no overflow
+    member = np.zeros(int(number_N.max()) + 1, np.int64)
+    member[number_N] = np.arange(len(number_N))
+    rows = effects.select(_KEYS).take(pa.array(member))
+    return number_N, pa.table({name: pc.cast(rows[name], _PARTIAL.field(name).type) for name in _KEYS})
 
 
 def merge(partials: Iterable[pa.Table]) -> pa.Table:
@@ -223,13 +263,15 @@ def _sum_up(table: pa.Table, keys: list[str]) -> pa.Table:
     return sums.rename_columns([*keys, "total"])
 
 
-def _floor_of(floor: pa.Table, outcome: str, layers: np.ndarray, scopes: np.ndarray) -> np.ndarray:
-    """The noise quantile that belongs to each row; nan where there is none."""
-    found = np.full(len(layers), np.nan)
-    for row in floor.to_pylist():
-        if row["outcome"] == outcome and row["quantile_999"] is not None:
-            found[(layers == row["layer"]) & (scopes == row["scope"])] = row["quantile_999"]
-    return found
+def _floor_of(floor: pa.Table, outcome: str, groups: pa.Table) -> np.ndarray:
+    """The noise quantile that belongs to each group; nan where there is none."""
+    known = {
+        (row["layer"], row["scope"]): row["quantile_999"]
+        for row in floor.to_pylist()
+        if row["outcome"] == outcome and row["quantile_999"] is not None
+    }
+    places = zip(groups["layer"].to_pylist(), groups["scope"].to_pylist(), strict=True)
+    return np.array([known.get(place, np.nan) for place in places], np.float64)
 
 
 def _summary(sums: pa.Table, keys: Sequence[str]) -> pa.Table:

@@ -10,8 +10,10 @@ import pytest
 
 from cluster.session import ray_session
 
-# Ray's workers must find the stub worker, whose module lies next to this file.
-os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+# Ray's workers must find the stub worker, whose module lies next to this file, and benchmarks, which it imports.
+HERE = Path(__file__).parent
+SEARCH = (str(HERE), str(HERE.parents[1]), os.environ.get("PYTHONPATH"))
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, SEARCH))
 
 
 @pytest.fixture(scope="module")
