@@ -79,7 +79,12 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
         make_worker=partial(EngineWorker, config, resolved, tuple(corpus.domains), weights, checkpoint),
         scale=_scale(config, on_gpu, planner.flops_per_second),
         shape=Shape(ranks=config.cluster.ranks, cpus=config.engine.threads, gpus=1 if on_gpu else 0),
-        policy=Policy(max_attempts=config.cluster.max_attempts, hang_seconds=config.cluster.hang_minutes * 60),
+        policy=Policy(
+            max_attempts=config.cluster.max_attempts,
+            hang_seconds=config.cluster.hang_minutes * 60,
+            commit_results=config.cluster.commit_results,
+            commit_bytes=int(config.cluster.commit_bytes),
+        ),
     )
 
 

@@ -32,6 +32,7 @@ from cluster.worker import Worker, make_worker
 FREE = (
     ("name",),
     *(("cluster", key) for key in ("min_groups", "max_groups", "target_minutes", "max_attempts", "hang_minutes")),
+    *(("cluster", key) for key in ("commit_results", "commit_bytes")),
 )
 
 

@@ -235,7 +235,8 @@ class EngineConfig(Section):
     identity_every: int = Field(
         default=8,
         ge=1,
-        description="a whole number of at least 1: every how many tokens an identity intervention rides along",
+        description="a whole number of at least 1: every how many tokens an identity intervention rides along, and "
+        "every how many sequences have repeats",
     )
 
 
@@ -251,6 +252,11 @@ class ClusterConfig(Section):
     task_minutes: float = Field(default=0.25, gt=0, description="a number of minutes above 0")
     max_attempts: int = Field(default=3, ge=1, description="a whole number of at least 1")
     hang_minutes: float = Field(default=30, gt=0, description="a number of minutes above 0")
+    # A commit begins when this much is gathered, whichever comes first, or after a minute.
+    commit_results: int = Field(default=64, ge=1, description="a whole number of tasks of at least 1")
+    commit_bytes: Annotated[ByteSize, Field(gt=0)] = Field(
+        default=ByteSize(256 * 2**20), description="more than 0 bytes: a number, or a text such as 256MiB or 4GiB"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

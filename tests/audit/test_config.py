@@ -65,6 +65,8 @@ DEFAULTS = {
         "task_minutes": 0.25,
         "max_attempts": 3,
         "hang_minutes": 30.0,
+        "commit_results": 64,
+        "commit_bytes": 268435456,
     },
 }
 
@@ -235,6 +237,8 @@ def test_interventions_are_those_of_the_science(tmp_path: Path) -> None:
         ("positions: {sample: 0}", ["positions.sample", "0", "at least 1"]),
         ("cluster: {task_minutes: 0}", ["cluster.task_minutes", "0", "above 0"]),
         ("cluster: {hang_minutes: .nan}", ["cluster.hang_minutes", "nan", "above 0"]),
+        ("cluster: {commit_bytes: 0}", ["cluster.commit_bytes", "0", "more than 0 bytes"]),
+        ("cluster: {commit_results: 0}", ["cluster.commit_results", "0", "at least 1"]),
         ("cluster: {max_groups: 0}", ["cluster.max_groups", "0", "at least 1"]),
         ("cluster: {min_groups: -1}", ["cluster.min_groups", "-1", "at least 0"]),
         ("cluster: {min_groups: 3, max_groups: 2}", ["cluster.min_groups", "3", "max_groups, 2", "at most"]),

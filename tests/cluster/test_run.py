@@ -95,7 +95,7 @@ def test_faults_lose_nothing_and_a_task_that_always_fails_is_quarantined(whole: 
             ("effects-0007", 1): "kill",
         }
     )
-    policy = Policy(commit_results=4, relaunch_seconds=0.0, hang_seconds=10.0)
+    policy = Policy(commit_results=4, relaunch_seconds=0.0, hang_seconds=20.0)
     folder, out = RunFolder(str(tmp_path)), io.StringIO()
     outcome = execute(make_job(calibration=2, plan=plan, policy=policy), folder, LineDisplay(out))
     assert outcome.exit_status == 1

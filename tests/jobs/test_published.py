@@ -109,6 +109,7 @@ def test_progressive_ablation_is_compared(tmp_path: Path, call: Call) -> None:
         "positions.sample=4",
         "studies.progressive.positions=4",
         "studies.progressive.draws=2",
+        "studies.progressive.metrics=[reap]",
     )
     given = [part for setting in settings for part in ("--set", setting)]
     status, _, err = call("run", CONFIGS / "olmoe_progressive.yaml", "--out", run, "--display", "none", *given)

@@ -10,13 +10,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
 import pytest
 import yaml
+from ray._raylet import AuthenticationTokenLoader
 from ray_head import Head, Proxy, ray_head
 from shapes import Call
 from tiny_olmoe import write_tiny_olmoe
@@ -235,8 +236,21 @@ def test_an_address_that_is_no_dashboard(call: Call, address: str, says: str) ->
     assert "http://127.0.0.1:8265" in err
 
 
+@pytest.fixture
+def look_for_token() -> Iterator[Callable[[], None]]:
+    """Ray looks for a token once in a process; called, it looks again. Request it before ``monkeypatch``."""
+    found = AuthenticationTokenLoader.instance()
+    yield found.reset_cache
+    found.reset_cache()
+
+
 def test_the_address_that_is_given_counts_and_the_token_is_asked_for(
-    head: Head, client: JobClient, call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    head: Head,
+    client: JobClient,
+    call: Call,
+    tmp_path: Path,
+    look_for_token: Callable[[], None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # Ray's own client prefers these, silently.
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
@@ -247,6 +261,7 @@ def test_the_address_that_is_given_counts_and_the_token_is_asked_for(
     assert "nobody does not exist" in err
 
     monkeypatch.setenv("RAY_AUTH_TOKEN", "wrong")
+    look_for_token()
     status, _, err = call("status", "nobody", "--address", head.address)
     assert (status, err.count("\n")) == (2, 1)
     assert "refused the token" in err
@@ -254,6 +269,7 @@ def test_the_address_that_is_given_counts_and_the_token_is_asked_for(
 
     monkeypatch.delenv("RAY_AUTH_TOKEN")
     monkeypatch.setenv("HOME", str(tmp_path))
+    look_for_token()
     status, _, err = call("status", "nobody", "--address", head.address)
     assert (status, err.count("\n")) == (2, 1)
     assert "there is none; set RAY_AUTH_TOKEN" in err
@@ -261,8 +277,10 @@ def test_the_address_that_is_given_counts_and_the_token_is_asked_for(
 
     (tmp_path / "token").write_text(head.token + "\n")
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    look_for_token()
     assert "does not exist on the cluster" in call("status", "nobody", "--address", head.address)[2]
     (tmp_path / "token").unlink()
+    look_for_token()
     assert "RAY_AUTH_TOKEN_PATH" in call("status", "nobody", "--address", head.address)[2]
 
 
