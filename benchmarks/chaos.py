@@ -32,8 +32,9 @@ from benchmarks.faults.nodes import Nodes
 from benchmarks.faults.trial import Trial
 
 WORKERS, WORKER_CPUS = 2, 3
-PAUSE_SECONDS = 1.0, 4.0  # between two kills
-MOST_STARTS = 20  # then the run is not going to end
+PAUSE_SECONDS = 1.0, 5.0  # between two kills
+LOOK_SECONDS = 3.0  # for so long a target is waited for
+MOST_STARTS = 60  # then the run is not going to end
 
 Target = Literal["rank", "node", "writer", "driver"]
 SHARES: Mapping[Target, int] = {"rank": 4, "node": 2, "writer": 2, "driver": 2}
@@ -75,8 +76,10 @@ def chaos(seed: int, nodes: Nodes, place: Path) -> Run:
                 break
             if status is None:
                 kills[target] += _kill(target, generator, audit, nodes)
+            if audit.process.returncode == 0:
+                break
             if audit.process.returncode is not None:
-                failures += status is not None
+                failures += audit.process.returncode > 0
                 assert audit.starts < MOST_STARTS, "\n".join(audit.said())
                 audit.start()
     finally:
@@ -102,12 +105,13 @@ def _kill(target: Target, generator: random.Random, audit: Audit, nodes: Nodes) 
         nodes.kill(generator.choice(nodes.workers))
         nodes.add(WORKER_CPUS)
         return True
-    there = sorted(audit.running()) if target == "rank" else _writers(audit, nodes)
-    if not there:
-        return False
-    with suppress(ProcessLookupError):  # it ended by itself in the meantime
-        os.kill(generator.choice(there), signal.SIGKILL)
-        return True
+    end = time.monotonic() + LOOK_SECONDS
+    while time.monotonic() < end and audit.wait(0.05) is None:
+        there = sorted(audit.running()) if target == "rank" else _writers(audit, nodes)
+        with suppress(ProcessLookupError):  # it ended by itself in the meantime
+            if there:
+                os.kill(generator.choice(there), signal.SIGKILL)
+                return True
     return False
 
 

@@ -20,10 +20,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the whole grid of sizes, seeds and families")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
         if item.path.is_relative_to(_TESTS / "cluster") or item.path.is_relative_to(_TESTS / "jobs"):
-            item.add_marker(pytest.mark.xdist_group("ray"))  # they start clusters: one at a time, in one process
+            # They start clusters, which the tests of a file share: a file stays in one process.
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
     if config.getoption("--full"):
         return
     full = [item for item in items if item.get_closest_marker("full")]

@@ -174,8 +174,8 @@ CASES = (
     Case(
         name="SIGSTOP to a rank",
         disturb=_signal_rank(signal.SIGSTOP),
-        trial={"gate": True, "policy": {"hang_seconds": 10.0}},
-        told="no answer within 10 seconds",
+        trial={"gate": True, "policy": {"hang_seconds": 15.0}},
+        told="no answer within 15 seconds",
     ),
     Case(name="SIGKILL to a node", trial={"gate": True}, disturb=_kill_node, told=_NODE_LOST),
     Case(

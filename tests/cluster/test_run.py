@@ -104,7 +104,7 @@ def test_faults_lose_nothing_and_a_task_that_always_fails_is_quarantined(whole: 
     assert (record["task"], record["attempts"]) == ("effects-0004", 3)
     assert "effects-0004 was told to fail" in record["error"]
     assert out.getvalue().count("was lost while it ran") == 3
-    assert "no answer within 10 seconds" in out.getvalue()
+    assert "no answer within 20 seconds" in out.getvalue()
     require_exact(folder, skip="effects-0004")
     # The cause is gone: the same command does what is missing.
     _, outcome = run(tmp_path, make_job(calibration=2))

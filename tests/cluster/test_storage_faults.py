@@ -223,6 +223,7 @@ def test_a_store_that_is_overloaded_for_a_while(
     require_whole(place, whole)
 
 
+@pytest.mark.full
 def test_a_store_that_stays_overloaded(
     whole: dict[str, pa.Table], server: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
