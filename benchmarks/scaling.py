@@ -34,16 +34,16 @@ from benchmarks import through_ray
 from benchmarks.generated import LAYERS, task_tables, write_run
 from benchmarks.memory import MIB, isolated, peak_memory
 from benchmarks.stub_groups import NoWork, SeenTasks, StubFleet, make_tasks
-from cluster import reducer
-from cluster.committer import FolderCommitter
 from cluster.display import NoDisplay
-from cluster.driver import Driver, Policy
-from cluster.group import Result, Shape
-from cluster.ledger import Ledger
-from cluster.plan import prepare
-from cluster.ray_fleet import RayFleet
+from cluster.driver.driver import Driver, Policy
+from cluster.driver.group import Result, Shape
+from cluster.driver.ledger import Ledger
+from cluster.driver.scaling import Scale
+from cluster.groups.ray_fleet import RayFleet
+from cluster.planning.plan import prepare
+from cluster.results import reducer
+from cluster.results.committer import FolderCommitter
 from cluster.run import Job
-from cluster.scaling import Scale
 from cluster.session import cores, ray_session
 
 IMPORTANCE = {"metrics": ["reap"], "random_rankings": 9, "bootstrap_draws": 100}  # the least: what counts is memory

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from cluster.group import Place, Result
+from cluster.driver.group import Place, Result
 from cluster.tasks import Task
 from cluster.worker import Output
 

@@ -35,7 +35,7 @@ from audit.runfolder import RunFolder
 from benchmarks.effects import WIDE
 from benchmarks.model import olmoe_shaped
 from cluster.display import NoDisplay
-from cluster.plan import prepare
+from cluster.planning.plan import prepare
 from cluster.run import Job, execute
 from cluster.tasks import Task
 

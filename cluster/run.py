@@ -14,15 +14,15 @@ from typing import Any
 
 from audit.runfolder import RunFolder, RunFolderError, difference
 from audit.storage import StorageError, storage_errors
-from cluster import reducer
-from cluster.committer import FolderCommitter
 from cluster.display import Display
-from cluster.driver import Driver, Policy, RunError, Stopped
-from cluster.group import Place, Shape
+from cluster.driver.driver import Driver, Policy, RunError, Stopped
+from cluster.driver.group import Place, Shape
+from cluster.driver.scaling import Scale
+from cluster.groups.ray_fleet import RayFleet
+from cluster.groups.resources import require_resources
 from cluster.metrics import Metrics
-from cluster.ray_fleet import RayFleet
-from cluster.resources import require_resources
-from cluster.scaling import Scale
+from cluster.results import reducer
+from cluster.results.committer import FolderCommitter
 from cluster.session import cores, ray_session, stop_signals
 from cluster.tasks import Task
 from cluster.worker import Worker, make_worker

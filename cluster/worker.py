@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from audit.runfolder import SCHEMAS, RunFolder
 from audit.storage import StorageError
-from cluster.group import Place
+from cluster.driver.group import Place
 from cluster.tasks import Task
 
 TABLES = tuple(SCHEMAS)  # what an output may hold

@@ -16,15 +16,15 @@ from audit.statistics.cells import Settings
 from audit.storage import StorageError
 from audit.studies.contrasts import ContrastError, cells_of, read_contrasts, write_cells
 from audit.studies.findings import findings
-from cluster.checkpoint_cache import local_folder
-from cluster.cluster_files import check_cluster_file
 from cluster.display import duration, make_display
-from cluster.driver import RunError
-from cluster.job_client import JobError
-from cluster.plan import prepare
-from cluster.remote_plan import prepare_for_run
+from cluster.driver.driver import RunError
+from cluster.files.cluster_files import check_cluster_file
+from cluster.groups.checkpoint_cache import local_folder
+from cluster.planning.plan import prepare
+from cluster.planning.remote_plan import prepare_for_run
 from cluster.run import Job, execute, identity_of, reduce_again, refuse_other
 from cluster.session import StopSignal, ending_signals
+from cluster.submission.job_client import JobError
 from jobs import output, submit
 from jobs.compare import compare_with
 from jobs.console import complain, say

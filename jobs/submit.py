@@ -16,10 +16,10 @@ import fsspec
 from audit.config import AuditConfig, ConfigError
 from audit.runfolder import RunFolder, RunFolderError
 from cluster.display import duration
-from cluster.job_client import STOP_SECONDS, JobClient, JobState, UnreachableError, new_job_id
 from cluster.run import identity_of, refuse_other
 from cluster.session import StopSignal
-from cluster.staging import check_here, covers, size, stage
+from cluster.submission.job_client import STOP_SECONDS, JobClient, JobState, UnreachableError, new_job_id
+from cluster.submission.staging import check_here, covers, size, stage
 from jobs import output
 from jobs.console import complain, say
 

@@ -13,13 +13,14 @@ import pyarrow as pa
 from audit.runfolder import Manifest, RunFolder, RunFolderError
 from audit.storage import StorageError
 from benchmarks.faults.trial import Pause, Point, Trial, TrialWorker, strike
-from cluster import parquet_sink, run
-from cluster.committer import FolderCommitter
+from cluster import run
 from cluster.display import LineDisplay
-from cluster.driver import Policy, RunError
-from cluster.group import Result, Shape
-from cluster.parquet_sink import ParquetSink, Written
-from cluster.scaling import Scale
+from cluster.driver.driver import Policy, RunError
+from cluster.driver.group import Result, Shape
+from cluster.driver.scaling import Scale
+from cluster.results import parquet_sink
+from cluster.results.committer import FolderCommitter
+from cluster.results.parquet_sink import ParquetSink, Written
 
 
 class Pauses:

@@ -20,7 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from audit.effects import EFFECTS, TOKENS
-from cluster.group import Place
+from cluster.driver.group import Place
 from cluster.tasks import Task
 from cluster.worker import Output
 

@@ -14,7 +14,7 @@ from torch import nn
 from audit.config import AuditConfig
 from audit.corpus import Corpus, DocumentInfo, TokenSequence
 from audit.engine import Cost
-from cluster.planner import Planner
+from cluster.planning.planner import Planner
 from cluster.tasks import Task
 
 LAYERS = (1, 2, 5)

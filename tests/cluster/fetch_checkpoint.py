@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 
-from cluster.checkpoint_cache import Checkpoint, CheckpointFile, fetch
+from cluster.groups.checkpoint_cache import Checkpoint, CheckpointFile, fetch
 
 if __name__ == "__main__":
     record = json.loads(sys.argv[1])

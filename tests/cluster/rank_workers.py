@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from stub_worker import StubWorker, tables
 
-from cluster.group import Place
+from cluster.driver.group import Place
 from cluster.tasks import Task
 from cluster.worker import Output, Worker
 

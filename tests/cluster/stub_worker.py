@@ -15,10 +15,10 @@ import pyarrow as pa
 
 from audit.storage import Storage
 from benchmarks.faults.trial import LAYERS, TOP_K, tables
-from cluster.driver import Policy
-from cluster.group import Place, Shape
+from cluster.driver.driver import Policy
+from cluster.driver.group import Place, Shape
+from cluster.driver.scaling import Scale
 from cluster.run import Job
-from cluster.scaling import Scale
 from cluster.tasks import Task
 from cluster.worker import Output
 

@@ -17,11 +17,11 @@ from stub_worker import LAYERS, tables
 from audit.effects import EFFECTS
 from audit.runfolder import Manifest, RunFolder
 from audit.studies import summary
-from cluster import layer_rows, layer_tasks, reducer
-from cluster import studies as studies_module
-from cluster.driver import RunError
-from cluster.layer_rows import EffectFiles, by_layer
-from cluster.parquet_sink import encoded
+from cluster.driver.driver import RunError
+from cluster.results import layer_rows, layer_tasks, reducer
+from cluster.results import studies as studies_module
+from cluster.results.layer_rows import EffectFiles, by_layer
+from cluster.results.parquet_sink import encoded
 from cluster.tasks import Task
 
 TASKS = 12

@@ -20,7 +20,7 @@ import pytest
 from s3_server import BUCKET, S3Server, s3_server
 
 from audit.storage import StorageError
-from cluster.checkpoint_cache import Checkpoint, fetch, find, local_folder
+from cluster.groups.checkpoint_cache import Checkpoint, fetch, find, local_folder
 
 HERE = Path(__file__).parent
 URL = f"s3://{BUCKET}/model"

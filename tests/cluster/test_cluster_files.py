@@ -15,9 +15,9 @@ import yaml
 from ray.autoscaler._private import aws, gcp
 
 from audit.config import ConfigError
-from cluster.cluster_files import check_cluster_file
-from cluster.file_checks import Findings, pinned_ray
-from cluster.launcher_file import MACHINES, PROVIDER_KEYS
+from cluster.files.cluster_files import check_cluster_file
+from cluster.files.file_checks import Findings, pinned_ray
+from cluster.files.launcher_file import MACHINES, PROVIDER_KEYS
 
 ROOT = Path(__file__).resolve().parents[2]
 AWS, GCP = "ray_cluster.yaml", "configs/cluster/gcp.yaml"

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 
 from audit.runfolder import RunFolder
-from cluster import driver as driver_module
-from cluster.commits import ResultsLostError
 from cluster.display import Display, LineDisplay, NoDisplay, Status
-from cluster.driver import Driver, Policy, RunError, Stopped
-from cluster.group import Group, GroupLostError, GroupUnreachableError, Result, TaskError
-from cluster.scaling import Scale
+from cluster.driver import driver as driver_module
+from cluster.driver.commits import ResultsLostError
+from cluster.driver.driver import Driver, Policy, RunError, Stopped
+from cluster.driver.group import Group, GroupLostError, GroupUnreachableError, Result, TaskError
+from cluster.driver.scaling import Scale
 from cluster.tasks import Task
 
 

@@ -22,14 +22,14 @@ from tiny_olmoe import write_tiny_olmoe
 from audit.config import AuditConfig
 from audit.models import ModelError
 from audit.runfolder import RunFolder
-from cluster import resources
 from cluster.display import LineDisplay, NoDisplay
-from cluster.driver import Policy, RunError
-from cluster.group import Group, GroupLostError, Result, Shape, TaskError
-from cluster.plan import prepare
-from cluster.ray_fleet import RayFleet
+from cluster.driver.driver import Policy, RunError
+from cluster.driver.group import Group, GroupLostError, Result, Shape, TaskError
+from cluster.driver.scaling import Scale
+from cluster.groups import resources
+from cluster.groups.ray_fleet import RayFleet
+from cluster.planning.plan import prepare
 from cluster.run import execute
-from cluster.scaling import Scale
 from cluster.session import ray_session
 from cluster.tasks import Task
 

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from cluster.ledger import Ledger
+from cluster.driver.ledger import Ledger
 from cluster.tasks import Task
 
 

@@ -14,10 +14,10 @@ from stub_worker import StubWorker
 
 from audit.config import AuditConfig, ConfigError
 from cluster import session
-from cluster.group import Shape
-from cluster.remote_plan import prepare_for_run
+from cluster.driver.group import Shape
+from cluster.driver.scaling import Scale
+from cluster.planning.remote_plan import prepare_for_run
 from cluster.run import Job
-from cluster.scaling import Scale
 
 
 @pytest.fixture(scope="module")

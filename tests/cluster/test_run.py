@@ -15,7 +15,7 @@ from stub_worker import FaultPlan, make_job, rows_of, tables
 
 from audit.runfolder import RunFolder, RunFolderError
 from cluster.display import LineDisplay, NoDisplay
-from cluster.driver import Policy
+from cluster.driver.driver import Policy
 from cluster.run import Job, Outcome, execute
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")

@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from cluster.scaling import Scale, groups_wanted
+from cluster.driver.scaling import Scale, groups_wanted
 
 
 def wanted(scale: Scale, seconds: float = 1000.0, elapsed: float = 0.0, tasks: int = 10**6, held: int = 0) -> int:

@@ -22,7 +22,7 @@ from stub_worker import make_job, rows_of, tables
 from audit.runfolder import RunFolder, RunFolderError
 from audit.storage import Storage, StorageError
 from cluster.display import LineDisplay
-from cluster.driver import RunError
+from cluster.driver.driver import RunError
 from cluster.run import execute
 from cluster.session import ray_session
 

@@ -28,11 +28,11 @@ from audit.studies.importance_tables import CONTRASTS, importance_tables
 from audit.studies.progressive import ProgressiveSettings
 from audit.studies.redistribution import NOT_MEASURED
 from benchmarks.faults.trial import EXPERTS, LAYERS, TOP_K, tables
-from cluster import studies as studies_module
-from cluster.layer_rows import EffectFiles
-from cluster.layer_studies import LayerLines, LayerStudies, RedistributionSettings, What, pooled_rows
-from cluster.reducer import summarize
-from cluster.studies import make_studies
+from cluster.results import studies as studies_module
+from cluster.results.layer_rows import EffectFiles
+from cluster.results.layer_studies import LayerLines, LayerStudies, RedistributionSettings, What, pooled_rows
+from cluster.results.reducer import summarize
+from cluster.results.studies import make_studies
 from cluster.tasks import Task
 
 QUESTION = Question(random_rankings=9, settings=Settings(bootstrap_draws=100))

@@ -17,8 +17,8 @@ from tiny_olmoe import write_tiny_olmoe
 
 from audit.config import AuditConfig
 from audit.runfolder import RunFolder
-from cluster.engine_worker import EngineWorker
-from cluster.plan import prepare
+from cluster.groups.engine_worker import EngineWorker
+from cluster.planning.plan import prepare
 from cluster.session import ray_session
 from jobs.cli import main
 

@@ -15,7 +15,9 @@ import yaml
 from tiny_olmoe import write_tiny_olmoe
 
 from audit.runfolder import RunFolder
-from cluster import plan, reducer, session
+from cluster import session
+from cluster.planning import plan
+from cluster.results import reducer
 from jobs import run_audit
 
 Start = Callable[..., tuple[int, str, str]]

@@ -17,8 +17,8 @@ from ray._private import ray_constants
 
 from audit.config import AuditConfig, ConfigError
 from audit.corpus.sources import read_documents
-from cluster import staging
-from cluster.staging import check_here, covers, stage
+from cluster.submission import staging
+from cluster.submission.staging import check_here, covers, stage
 
 
 @pytest.fixture
@@ -189,7 +189,7 @@ def test_the_code_runs_from_the_upload_alone(place: Path, tmp_path: Path) -> Non
     with zipfile.ZipFile(staged.package) as archive:
         archive.extractall(tmp_path / "there")
     code = (
-        "import audit, cluster, jobs.run_audit; from cluster.identity import code_version;"
+        "import audit, cluster, jobs.run_audit; from cluster.planning.identity import code_version;"
         "from audit.models import describe; describe('demo');"
         "print(audit.__file__); print(sorted(code_version().items()))"
     )

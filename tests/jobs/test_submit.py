@@ -23,8 +23,8 @@ from shapes import Call
 from tiny_olmoe import write_tiny_olmoe
 
 from audit.runfolder import RunFolder
-from cluster import job_client
-from cluster.job_client import JobClient, JobState
+from cluster.submission import job_client
+from cluster.submission.job_client import JobClient, JobState
 
 LONG = ["--set", "cluster.task_minutes=0.000001", "--set", "positions.sample=null"]  # a task per sequence
 

@@ -13,7 +13,7 @@ from tiny_olmoe import write_tiny_olmoe
 
 from audit.config import AuditConfig
 from audit.runfolder import RunFolder, RunFolderError
-from cluster.plan import prepare
+from cluster.planning.plan import prepare
 from cluster.run import refuse_other
 from jobs.commands import _about
 

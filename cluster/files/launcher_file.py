@@ -22,7 +22,7 @@ import ray
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
 
-from cluster.file_checks import Findings, as_mapping, pinned_ray
+from cluster.files.file_checks import Findings, as_mapping, pinned_ray
 
 # The keys of `provider` that Ray 2.60 reads; its schema lets every other one pass. test_cluster_files looks them up in
 # Ray's source.

@@ -30,9 +30,9 @@ from audit.studies.importance_tables import row_tables
 from audit.studies.progressive import ProgressiveSettings
 from audit.studies.redistribution import depth_profile
 from audit.studies.redundancy import RedundancySettings, redundancy_tables
-from cluster import layer_tasks
-from cluster.layer_rows import EffectFiles
-from cluster.layer_studies import LayerLines, LayerStudies, RedistributionSettings, What, pooled_rows
+from cluster.results import layer_tasks
+from cluster.results.layer_rows import EffectFiles
+from cluster.results.layer_studies import LayerLines, LayerStudies, RedistributionSettings, What, pooled_rows
 
 # Bytes a task takes beside its worker per effect that it is about, measured and rounded up: docs/scale.md.
 _IMPORTANCE_BYTES, _CONTRAST_BYTES, _POOLED_BYTES = 700, 1200, 80

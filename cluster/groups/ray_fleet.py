@@ -15,10 +15,10 @@ import ray.cloudpickle
 from ray.util.placement_group import placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster import resources
-from cluster.group import Group, Handle, Place, Result, Shape, TaskError
-from cluster.rank import Rank
-from cluster.ray_errors import sort_errors
+from cluster.driver.group import Group, Handle, Place, Result, Shape, TaskError
+from cluster.groups import resources
+from cluster.groups.rank import Rank
+from cluster.groups.ray_errors import sort_errors
 from cluster.tasks import Task
 from cluster.worker import TABLES, Worker
 

@@ -22,9 +22,9 @@ import ray
 from audit.config import AuditConfig
 from audit.runfolder import Manifest, RunFolder
 from audit.studies import summary
-from cluster import layer_tasks
-from cluster.layer_rows import EffectFiles
-from cluster.studies import Results, make_studies
+from cluster.results import layer_tasks
+from cluster.results.layer_rows import EffectFiles
+from cluster.results.studies import Results, make_studies
 
 _REDUCED = "reduced.json"  # written last: which tasks the results were made of
 _SUMMED = [*summary.CELL, "expert", *(name for name in summary.AVERAGED if name != "abs_delta_loss")]

@@ -21,8 +21,8 @@ from ray.data import Datasink
 
 from audit.runfolder import RunFolder
 from audit.storage import Storage
-from cluster.group import Handle
-from cluster.layer_rows import by_layer
+from cluster.driver.group import Handle
+from cluster.results.layer_rows import by_layer
 
 ROWS_PER_FILE = 1_000_000
 _ROWS_PER_GROUP = 250_000  # what a reader of a few columns holds in memory

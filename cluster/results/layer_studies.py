@@ -24,7 +24,7 @@ from audit.studies.importance import CandidateStudy, Cell, Question, study_layer
 from audit.studies.importance_tables import pooled_key
 from audit.studies.progressive import ProgressiveSettings, area_table, progressive_table
 from audit.studies.redistribution import redistribution_layers, weight_and_gap
-from cluster.layer_rows import EffectFiles
+from cluster.results.layer_rows import EffectFiles
 
 _REMOVALS = ("document", "delta_loss", "kl")
 _SINGLE = ("document", "slot", "routing_weight", "gap_norm", *REDISTRIBUTION)

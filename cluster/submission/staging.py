@@ -29,7 +29,7 @@ from audit.config.specification import DatasetsSource, DemoSource
 from audit.corpus.files import find_files, fixed_part, is_pattern
 from audit.corpus.sources import SUFFIXES, AnySource, read_documents
 from audit.models import describe
-from cluster.identity import SUBMITTED, code_version
+from cluster.planning.identity import SUBMITTED, code_version
 
 LIMIT = 100 * 2**20  # bytes: what the Jobs API takes in one request is below
 PACKAGES = ("audit", "cluster", "jobs")

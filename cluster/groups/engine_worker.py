@@ -23,9 +23,9 @@ from audit.pruning import prune_table
 from audit.published.released_code import padding_token, released_metrics_of_tokens
 from audit.storage import Storage
 from audit.studies.observed import metric_table, oriented
-from cluster.checkpoint_cache import Checkpoint, fetch
-from cluster.group import Place
-from cluster.identity import require_weights
+from cluster.driver.group import Place
+from cluster.groups.checkpoint_cache import Checkpoint, fetch
+from cluster.planning.identity import require_weights
 from cluster.tasks import Task
 from cluster.worker import Output
 

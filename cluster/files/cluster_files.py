@@ -10,8 +10,8 @@ from pathlib import Path
 
 from audit.config import ConfigError
 from audit.config.files import read_yaml
-from cluster import kuberay_files, launcher_file
-from cluster.file_checks import Findings
+from cluster.files import kuberay_files, launcher_file
+from cluster.files.file_checks import Findings
 
 
 def check_cluster_file(path: Path) -> Findings:

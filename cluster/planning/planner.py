@@ -23,7 +23,7 @@ from audit.interventions import NEEDS_CALIBRATION
 from audit.pruning import Pruning, RemovalOrders, model_limits, plan_prunings
 from audit.published.released_code import MAX_TOKENS as RELEASED_TOKENS
 from audit.published.released_code import padding_token
-from cluster.requests import Positions, Request, observed_metrics, requests_of
+from cluster.planning.requests import Positions, Request, observed_metrics, requests_of
 from cluster.tasks import Task
 
 # Floating-point operations a second that a group is taken to do, per CPU thread or per device. They size tasks and

@@ -13,10 +13,10 @@ import ray.exceptions
 
 from audit.runfolder import Manifest, RunFolder
 from audit.storage import NoAnswerError, StorageError, failure, retried
-from cluster.commits import ResultsLostError
-from cluster.driver import RunError
-from cluster.group import Handle, Result
-from cluster.parquet_sink import Written, is_lost, write_tables
+from cluster.driver.commits import ResultsLostError
+from cluster.driver.driver import RunError
+from cluster.driver.group import Handle, Result
+from cluster.results.parquet_sink import Written, is_lost, write_tables
 from cluster.worker import TABLES
 
 _FOOTERS = 16  # read at once

@@ -9,7 +9,7 @@ import ray.exceptions
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
 from audit.storage import StorageError
-from cluster.group import GroupLostError, GroupUnreachableError, TaskError
+from cluster.driver.group import GroupLostError, GroupUnreachableError, TaskError
 
 _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 # After these the device or the process is not what it was before, though it still answers.
@@ -29,8 +29,8 @@ _MEANING = (
 
 
 def sort_errors(errors: Mapping[int, BaseException], ranks: int) -> Exception:
-    """What the errors of a group's ranks mean for the driver: one of the three errors of :mod:`cluster.group`, or a
-    StorageError, which is nobody's fault and ends the run.
+    """What errors of a group's ranks mean for the driver: one of the three errors of :mod:`cluster.driver.group`, or
+    a StorageError, which is nobody's fault and ends the run.
     """
     for error in errors.values():
         if isinstance(error, RayTaskError) and isinstance(error.cause, StorageError):

@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 from typing import Any
 
-from cluster.pool import Question
+from cluster.driver.pool import Question
 
 _DOING = {
     "place": "before it had the resources it needs",

@@ -12,7 +12,7 @@ import ray
 import ray.cloudpickle
 import ray.util
 
-from cluster.group import Place
+from cluster.driver.group import Place
 from cluster.tasks import Task
 from cluster.worker import TABLES, Output, Worker
 

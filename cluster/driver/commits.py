@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
-from cluster.group import Result
+from cluster.driver.group import Result
 
 
 class ResultsLostError(Exception):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal
 
-from cluster.group import Fleet, Group
+from cluster.driver.group import Fleet, Group
 from cluster.tasks import Task
 
 

@@ -12,11 +12,11 @@ import torch
 from ray.exceptions import RayError, RayTaskError
 
 from audit.config import AuditConfig
-from cluster.driver import RunError
-from cluster.group import Shape
-from cluster.plan import prepare
-from cluster.ray_errors import in_plain_words
-from cluster.resources import could_hold, nodes, ranks_fit
+from cluster.driver.driver import RunError
+from cluster.driver.group import Shape
+from cluster.groups.ray_errors import in_plain_words
+from cluster.groups.resources import could_hold, nodes, ranks_fit
+from cluster.planning.plan import prepare
 from cluster.run import Job
 from cluster.session import ray_session
 
@@ -29,7 +29,7 @@ def prepare_for_run(
     say: Callable[[str], None] = lambda text: None,
     prepare: Callable[[AuditConfig, Mapping[str, Any] | None], Job] = prepare,
 ) -> Job:
-    """As :func:`cluster.plan.prepare`; on a GPU of the cluster where this process joins one and has none itself.
+    """As :func:`cluster.planning.plan.prepare`; on a GPU of the cluster where this process joins one, having none.
 
     ``max_groups: auto`` is then as many groups as the cluster holds now. Raises what ``prepare`` raises, and RunError
     where the process that makes the plan is lost again and again.

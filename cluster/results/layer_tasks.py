@@ -11,7 +11,7 @@ from typing import Any
 import ray
 import ray.exceptions
 
-from cluster.driver import RunError
+from cluster.driver.driver import RunError
 
 Ref = Any
 MIB = 1 << 20

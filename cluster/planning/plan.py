@@ -14,14 +14,14 @@ from audit.config import AuditConfig, ConfigError, check_against
 from audit.corpus import build_corpus
 from audit.models.expert_slices import require_enough
 from audit.storage import is_url
-from cluster.checkpoint_cache import find
-from cluster.driver import Policy
-from cluster.engine_worker import EngineWorker, load_engine
-from cluster.group import Shape
-from cluster.identity import BINDING, environment, versions, weights_digest
-from cluster.planner import Planner
+from cluster.driver.driver import Policy
+from cluster.driver.group import Shape
+from cluster.driver.scaling import Scale
+from cluster.groups.checkpoint_cache import find
+from cluster.groups.engine_worker import EngineWorker, load_engine
+from cluster.planning.identity import BINDING, environment, versions, weights_digest
+from cluster.planning.planner import Planner
 from cluster.run import Job, identity_of
-from cluster.scaling import Scale
 from cluster.session import cores
 from cluster.tasks import digest
 

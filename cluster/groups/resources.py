@@ -14,9 +14,9 @@ from ray.autoscaler.v2.sdk import GcsClient
 from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 from ray.util.placement_group import placement_group, remove_placement_group
 
-from cluster.driver import RunError
-from cluster.group import Shape
-from cluster.scaling import Scale
+from cluster.driver.driver import RunError
+from cluster.driver.group import Shape
+from cluster.driver.scaling import Scale
 
 Resources = Mapping[str, float]
 _NODE_GROUP = "ray.io/node-group"  # a label of the nodes that an autoscaler knows

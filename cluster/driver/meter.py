@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from cluster.ledger import Ledger
+from cluster.driver.ledger import Ledger
 
 
 class Meter:

@@ -18,7 +18,7 @@ from pydantic.alias_generators import to_camel
 
 from audit.config.mistakes import mistake
 from audit.config.section import Many, Section
-from cluster.file_checks import Findings, as_mapping
+from cluster.files.file_checks import Findings, as_mapping
 
 STOP_SECONDS = 60  # that a stopped job must have at least: a commit takes seconds, an object store may be slow
 _NAME = "a name of lower-case letters, digits and -"

@@ -3,7 +3,7 @@
 All recovery is decided here, in one loop that reads like a program on one machine:
 
 - a task that raises is tried again, then quarantined with the error's text;
-- a lost group is replaced; the task it was running is blamed (see ``cluster.ledger``), one not ready blames nobody;
+- a lost group is replaced; the task it was running is blamed (see ``ledger``), one not ready blames nobody;
 - no answer within ``hang_seconds`` is a loss, waiting for resources is not;
 - too many losses in a row, or too many tasks given up, with nothing finished in between end the run.
 """
@@ -16,14 +16,14 @@ from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 from audit.runfolder import RunFolder
-from cluster.commits import Commits, Committer, ResultsLostError
 from cluster.display import Display, Status
-from cluster.group import Fleet, Group, GroupLostError, GroupUnreachableError, Result, TaskError
-from cluster.ledger import Ledger
-from cluster.losses import Loss, last_line
-from cluster.meter import Meter
-from cluster.pool import Pool, Question
-from cluster.scaling import Scale, groups_wanted
+from cluster.driver.commits import Commits, Committer, ResultsLostError
+from cluster.driver.group import Fleet, Group, GroupLostError, GroupUnreachableError, Result, TaskError
+from cluster.driver.ledger import Ledger
+from cluster.driver.losses import Loss, last_line
+from cluster.driver.meter import Meter
+from cluster.driver.pool import Pool, Question
+from cluster.driver.scaling import Scale, groups_wanted
 from cluster.tasks import Task
 
 _WAIT_SECONDS = 0.5  # how long the loop may sleep: the delay of a stop signal

@@ -1,0 +1,1 @@
+"""The driver: every decision about groups, tasks and commits, without Ray."""

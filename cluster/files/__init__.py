@@ -1,0 +1,1 @@
+"""Checks of the files that start a cluster."""

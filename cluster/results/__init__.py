@@ -1,0 +1,1 @@
+"""Committing what tasks measured, and reducing it to tables."""

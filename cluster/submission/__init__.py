@@ -1,0 +1,1 @@
+"""Taking an audit to a cluster as a job."""
