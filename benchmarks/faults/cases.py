@@ -211,6 +211,7 @@ CASES = (
         trial={"faults": (Fault("effects-0004", "memory"),)},
         local=True,
         variables=_little_memory,
+        full=True,
         told="memory",
     ),
     Case(
@@ -226,5 +227,5 @@ CASES = (
         full=True,
         told="effects-0004 is quarantined after 3 attempts",
     ),
-    Case(name="20 calls that fail", variables=_unreliable_calls(20), told="could not be reached"),
+    Case(name="20 calls that fail", variables=_unreliable_calls(20), told="could not be reached", full=True),
 )
