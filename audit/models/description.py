@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from audit.models.discovery import ModelError, Site, decoder_layers, find_sites
-from audit.models.sources import first_sentence, refuse_code, resolve_source
+from audit.models.sources import library_errors, resolve_source
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +44,12 @@ def describe(
     ``files``: the folder that the files of a ``source`` which is a URL were fetched to.
     """
     path = resolve_source(source, files)
-    try:
+    with library_errors(source, "read", "a folder with a checkpoint or a hub model"):
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
         with torch.device("meta"):
             module = AutoModelForCausalLM.from_config(
                 config, trust_remote_code=trust_remote_code, attn_implementation="eager"
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        refuse_code(source, error)
-        raise ModelError(
-            f"model.source: {source!r} cannot be read ({first_sentence(error)}); name a folder with a checkpoint "
-            "or a hub model"
-        ) from error
     text = text_config(config)
     layers = decoder_layers(module)
     sites = find_sites(layers)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,17 +60,24 @@ def load_tokenizer(path: str, **options: Any) -> Any:
     return tokenizer if len(tokenizer) > len(tokenizer.all_special_tokens) else None
 
 
-def load_module(source: str, *, files: str | None = None, **options: Any) -> Any:
-    """The model of a checkpoint by the library's own loader. Raises ModelError, one sentence, where it cannot be."""
-    path = resolve_source(source, files)
+@contextmanager
+def library_errors(source: str, done: str, right: str) -> Iterator[None]:
+    """Within the block the library's errors are a ModelError: ``source`` cannot be ``done``; name what is ``right``."""
     try:
-        module, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+        yield
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         refuse_code(source, error)
         raise ModelError(
-            f"model.source: {source!r} cannot be loaded ({first_sentence(error)}); name a folder with a "
-            "safetensors checkpoint or a hub model (pickled weights can run code: model.allow_pickle: true reads them)"
+            f"model.source: {source!r} cannot be {done} ({first_sentence(error)}); name {right}"
         ) from error
+
+
+def load_module(source: str, *, files: str | None = None, **options: Any) -> Any:
+    """The model of a checkpoint by the library's own loader. Raises ModelError, one sentence, where it cannot be."""
+    path = resolve_source(source, files)
+    pickled = "pickled weights can run code: model.allow_pickle: true reads them"
+    with library_errors(source, "loaded", f"a folder with a safetensors checkpoint or a hub model ({pickled})"):
+        module, found = AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
     if lacking := sorted(found["missing_keys"]):  # the library fills them at random, and only warns
         raise ModelError(
             f"model.source: {source!r} lacks {len(lacking)} of the model's weights, such as {lacking[0]}; it takes a "

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 
 import numpy as np
@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from audit.corpus import TokenSequence
 from audit.models.moe_model import MoEModel
+from audit.packing import packed
 from audit.pruning.limits import model_limits
 from audit.pruning.plan import Pruning, RemovalOrders
 from audit.pruning.schema import PRUNING
@@ -40,7 +41,7 @@ def prune_table(
     tokens, baseline = np.zeros(len(documents), np.int64), np.zeros(len(documents))
     loss = {key: np.zeros(len(documents)) for key in distinct}
     kl = {key: np.zeros(len(documents)) for key in distinct}
-    for batch in _batches(sequences, batch_tokens):
+    for batch in packed(range(len(sequences)), lambda number: len(sequences[number]), batch_tokens):
         ids = [torch.from_numpy(sequences[number].token_ids).to(model.device) for number in batch]
         forward = PrunedForward(model, ids)
         owner_T = np.repeat([place[number] for number in batch], [len(s) for s in ids])
@@ -64,20 +65,6 @@ def prune_table(
     for name, values in columns.items():
         table = table.append_column(PRUNING.field(name), pa.array(values))
     return table
-
-
-def _batches(sequences: Sequence[TokenSequence], tokens: int) -> Iterator[list[int]]:
-    """Numbers of consecutive sequences of at most ``tokens`` tokens together, but at least one."""
-    batch: list[int] = []
-    size = 0
-    for number, sequence in enumerate(sequences):
-        if batch and size + len(sequence) > tokens:
-            yield batch
-            batch, size = [], 0
-        batch.append(number)
-        size += len(sequence)
-    if batch:
-        yield batch
 
 
 def _sums(owner_M: NDArray[np.int64], value_M: torch.Tensor, documents: int) -> NDArray[np.float64]:

@@ -204,7 +204,7 @@ CASES = (
         name="the answers of a node are lost before their commit",
         trial=_paused("answers"),
         disturb=_lose_answers,
-        told="results of . tasks were lost",
+        told="answered by is lost with the node",
     ),
     Case(
         name="out of memory",

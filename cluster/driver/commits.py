@@ -14,7 +14,8 @@ class ResultsLostError(Exception):
     """Results were gone before they could be committed."""
 
     def __init__(self, tasks: Sequence[str]) -> None:
-        super().__init__(f"the results of {len(tasks)} tasks were lost with the node that held them")
+        count = "1 task was" if len(tasks) == 1 else f"{len(tasks)} tasks were"
+        super().__init__(f"what {count} answered by is lost with the node that held it")
         self.tasks = tasks
 
 

@@ -20,6 +20,7 @@ from audit.config.studies import RedundancyConfig
 from audit.corpus import Corpus, TokenSequence, sample_positions
 from audit.engine import Cost, Engine
 from audit.interventions import NEEDS_CALIBRATION
+from audit.packing import packed
 from audit.pruning import Pruning, RemovalOrders, model_limits, plan_prunings
 from audit.published.released_code import MAX_TOKENS as RELEASED_TOKENS
 from audit.published.released_code import padding_token
@@ -251,15 +252,5 @@ T = TypeVar("T")
 
 
 def _pack(items: Sequence[T], cost: Callable[[T], float], most: float) -> Iterator[list[T]]:
-    """Neighbours together up to a cost of ``most``, less where that leaves few groups; what costs more is alone."""
-    most = min(most, sum(map(cost, items)) / FEWEST_TASKS)
-    group: list[T] = []
-    held = 0.0
-    for item in items:
-        if group and held + cost(item) > most:
-            yield group
-            group, held = [], 0.0
-        group.append(item)
-        held += cost(item)
-    if group:
-        yield group
+    """Neighbours together up to a cost of ``most``, less where that leaves few groups."""
+    return packed(items, cost, min(most, sum(map(cost, items)) / FEWEST_TASKS))

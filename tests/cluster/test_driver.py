@@ -404,8 +404,8 @@ def test_loading_is_bounded(bench: Callable[..., Bench], watch: Watch) -> None:
     assert "was lost while it loaded the model: no answer within 3.33333 minutes" in watch.said[0]
 
 
-def test_groups_that_nothing_waits_for_are_given_back_while_the_last_tasks_run(bench: Callable[..., Bench]) -> None:
-    b = bench(size=4, faults={("t0", 1): Hang()}, hang_seconds=100.0)
+def groups_over_time(b: Bench) -> dict[float, int]:
+    """Filled while the driver runs: how many groups there were, by the time of each wait."""
     alive: dict[float, int] = {}
     wait = b.fleet.wait
 
@@ -414,6 +414,12 @@ def test_groups_that_nothing_waits_for_are_given_back_while_the_last_tasks_run(b
         return wait(seconds)
 
     b.fleet.wait = watched  # type: ignore[method-assign]
+    return alive
+
+
+def test_groups_that_nothing_waits_for_are_given_back_while_the_last_tasks_run(bench: Callable[..., Bench]) -> None:
+    b = bench(size=4, faults={("t0", 1): Hang()}, hang_seconds=100.0)
+    alive = groups_over_time(b)
     b.driver.run("effects", tasks(8), set())
     assert max(alive.values()) == 4
     assert {count for now, count in alive.items() if 1 < now < 99} == {1}  # t0 hangs; the others are done
@@ -423,14 +429,7 @@ def test_groups_that_nothing_waits_for_are_given_back_while_the_last_tasks_run(b
 
 def test_groups_are_kept_a_minute_for_a_later_stage_and_no_longer(bench: Callable[..., Bench]) -> None:
     b = bench(size=2, faults={("t0", 1): Hang()}, hang_seconds=300.0)
-    alive: dict[float, int] = {}
-    wait = b.fleet.wait
-
-    def watched(seconds: float) -> list[FakeGroup]:
-        alive[b.fleet.now] = b.fleet.alive
-        return wait(seconds)
-
-    b.fleet.wait = watched  # type: ignore[method-assign]
+    alive = groups_over_time(b)
     b.driver.run("calibration", tasks(2), set(), [Task(id="e0", kind="measure")] * 2)
     assert {count for now, count in alive.items() if 1 < now < 59} == {2}
     assert {count for now, count in alive.items() if 62 < now < 299} == {1}
