@@ -31,3 +31,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     full = [item for item in items if item.get_closest_marker("full")]
     config.hook.pytest_deselected(items=full)
     items[:] = [item for item in items if item not in set(full)]
+
+
+@pytest.fixture
+def home_with_token(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working directory is the root of the repository, the home one that holds a token of a cluster."""
+    token = tmp_path / "home/.ray/auth_token"
+    token.parent.mkdir(parents=True)
+    token.touch(mode=0o600)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(_TESTS.parent)
+    return tmp_path

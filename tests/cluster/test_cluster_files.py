@@ -29,14 +29,8 @@ Change = Callable[[Data], object]
 
 
 @pytest.fixture(autouse=True)
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The root of the repository, from a home with a token."""
-    token = tmp_path / "home/.ray/auth_token"
-    token.parent.mkdir(parents=True)
-    token.touch(mode=0o600)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(ROOT)
-    return tmp_path
+def place(home_with_token: Path) -> Path:
+    return home_with_token
 
 
 def changed(place: Path, file: str, change: Change) -> Findings:

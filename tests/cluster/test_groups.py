@@ -80,18 +80,14 @@ def test_ranks_work_together_and_rank_0_answers(pair: tuple[RayFleet, Group]) ->
     assert set(result.tables) == {"effects"}
 
 
-def test_ranks_that_disagree_are_found_out(pair: tuple[RayFleet, Group]) -> None:
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [("disagree", "rank 1 made other rows"), ("raise", "rank 1 does not want to")],  # rank 0 then waits for ever
+)
+def test_an_error_of_one_rank_is_the_tasks(pair: tuple[RayFleet, Group], task: str, said: str) -> None:
     fleet, group = pair
-    group.submit(Task(id="disagree", kind="measure"), 1)
-    with pytest.raises(TaskError, match="rank 1 made other rows") as raised:
-        answered(fleet, group)
-    assert raised.value.recycle
-
-
-def test_an_error_of_one_rank_is_the_tasks_though_the_other_waits_for_ever(pair: tuple[RayFleet, Group]) -> None:
-    fleet, group = pair
-    group.submit(Task(id="raise", kind="measure"), 1)
-    with pytest.raises(TaskError, match="rank 1 does not want to") as raised:
+    group.submit(Task(id=task, kind="measure"), 1)
+    with pytest.raises(TaskError, match=said) as raised:
         answered(fleet, group)
     assert raised.value.recycle
 

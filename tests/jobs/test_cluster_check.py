@@ -10,13 +10,7 @@ from shapes import Call
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.fixture(autouse=True)
-def _from_the_root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    token = tmp_path / "home/.ray/auth_token"
-    token.parent.mkdir(parents=True)
-    token.touch(mode=0o600)
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(ROOT)
+pytestmark = pytest.mark.usefixtures("home_with_token")
 
 
 def test_files_in_order_are_told_and_so_is_what_they_start(call: Call) -> None:
