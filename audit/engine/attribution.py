@@ -4,7 +4,7 @@ The attribution of expert i at (layer l, token t) is <dL_t/dy_t, -c_i>: L_t the 
 experts' output there, c_i the expert's contribution. It needs dL_t/dy_t for every token by itself. A backward of the
 summed loss gives something else: it adds what t does to later tokens through attention. Here every token t is a virtual
 token that attends to *detached* clean keys and values before t and to itself, so tokens do not reach each other and one
-backward of the sum over them gives each its own gradient, at every audited layer at once.
+backward of the sum over them gives each its own gradient, at every audited layer.
 
 The rows with gradients run through the model's own experts module and torch's own linear maps: the sweep's kernels and
 its attention, which overwrites its weights, know no backward. Clean rows run as in the sweep. Source: this project.
@@ -58,20 +58,34 @@ class LossGradients:
 
 
 def loss_gradients(model: MoEModel, request: Request, micro_batch: int) -> LossGradients:
-    """The gradients of every audited token's own loss, ``micro_batch`` tokens per backward."""
+    """The gradients of every audited token's own loss, ``micro_batch`` tokens at a time.
+
+    Upwards each layer keeps what it was given; downwards it runs again, with gradients. So every layer is visited
+    twice, and no more than one layer's activations are held.
+    """
     found = LossGradients.empty(model, request)
     target_M = next_tokens(request.sequences)[request.rows_M]
     first = min(request.layers)
+    m_R = torch.nonzero(target_M >= 0).flatten()
+    row_R, target_R = request.rows_M[m_R], target_M[m_R]
+    parts = [slice(a, min(a + micro_batch, len(row_R))) for a in range(0, len(row_R), micro_batch)]
     with torch.inference_mode(False), torch.no_grad():
         rows = Rows(model.module, model.layers, model.position_dims, request.sequences)
-        hidden_TD, prefixes = _clean(model, rows, first)
-        for m_R in torch.split(torch.nonzero(target_M >= 0).flatten(), micro_batch):
-            with torch.enable_grad():
-                gradients = _backward(
-                    model, rows, prefixes, hidden_TD, request.rows_M[m_R], target_M[m_R], request.layers
-                )
-            for layer, gradient_RD in gradients.items():
-                found.by_layer_MD[layer][m_R] = gradient_RD
+        climb = _climb(model, rows, first, row_R, parts)
+        gradient_RD = torch.empty_like(climb.last_RD)
+        for part in parts:
+            gradient_RD[part] = _loss_gradient(model, climb.last_RD[part], target_R[part])
+        for layer in reversed(list(climb.given_RD)):
+            experts = model.sites[layer].experts if layer in request.layers else None
+            with model.shard.visit(layer):
+                for part in parts:
+                    attention = DifferentiableAttention(climb.prefixes[layer], row_R[part])
+                    gradient_RD[part], probed_RD = _descend(
+                        rows, layer, climb.given_RD[layer][part], attention, row_R[part], experts, gradient_RD[part]
+                    )
+                    if probed_RD is not None:
+                        found.by_layer_MD[layer][m_R[part]] = probed_RD
+            del climb.given_RD[layer], climb.prefixes[layer]
     return found
 
 
@@ -104,42 +118,64 @@ def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _clean(model: MoEModel, rows: Rows, first: int) -> tuple[Tensor, dict[int, Prefixes]]:
-    """What layer ``first`` is given at the clean rows, and the keys and values of the layers from there on."""
+@dataclass(slots=True, eq=False)
+class _Climb:
+    """What the audited tokens' rows were given in each layer from the first audited one up, and what came out."""
+
+    given_RD: dict[int, Tensor]
+    prefixes: dict[int, Prefixes]
+    last_RD: Tensor
+
+
+def _climb(model: MoEModel, rows: Rows, first: int, row_R: Tensor, parts: list[slice]) -> _Climb:
+    given_RD: dict[int, Tensor] = {}
     prefixes: dict[int, Prefixes] = {}
-    with model.kernels():
-        hidden_TD = given_TD = rows.embedded_TD
-        for layer in range(len(model.layers)):
-            clean = CleanLayer(layer, hidden_TD, rows.prefixes(layer))
-            given_TD = hidden_TD if layer == first else given_TD
-            hidden_TD = run_clean(model, rows, clean, keep=False)
-            if layer >= first:
-                prefixes[layer] = clean.prefixes
-    for kept in prefixes.values():  # copies: what inference mode made cannot be saved for a backward
-        kept.keys = {module: key.clone() for module, key in kept.keys.items()}
-        kept.values = {module: value.clone() for module, value in kept.values.items()}
-    return given_TD.clone(), prefixes
+    clean_TD, hidden_RD = rows.embedded_TD, rows.embedded_TD[:0]
+    for layer in range(len(model.layers)):
+        with model.shard.visit(layer):
+            if layer == first:
+                hidden_RD = clean_TD[row_R].clone()
+            with model.kernels():
+                clean = CleanLayer(layer, clean_TD, rows.prefixes(layer))
+                clean_TD = run_clean(model, rows, clean, keep=False)
+            if layer < first:
+                continue
+            prefix = prefixes[layer] = clean.prefixes  # copies: what inference mode made cannot be saved for a backward
+            prefix.keys = {module: key.clone() for module, key in prefix.keys.items()}
+            prefix.values = {module: value.clone() for module, value in prefix.values.items()}
+            given_RD[layer], hidden_RD = hidden_RD, torch.empty_like(hidden_RD)
+            for part in parts:
+                attention = DifferentiableAttention(prefix, row_R[part])
+                hidden_RD[part] = rows.run(layer, given_RD[layer][part], attention, row_R[part])
+    return _Climb(given_RD, prefixes, hidden_RD)
 
 
-def _backward(
-    model: MoEModel,
-    rows: Rows,
-    prefixes: dict[int, Prefixes],
-    hidden_TD: Tensor,
-    row_R: Tensor,
-    target_R: Tensor,
-    layers: frozenset[int],
-) -> dict[int, Tensor]:
-    """Gradients [R, D] by layer of each row's own loss with respect to its experts' output."""
-    hidden_RD = hidden_TD[row_R]
-    probes: dict[int, Tensor] = {}
-    for layer, prefix in prefixes.items():
-        experts = model.sites[layer].experts if layer in layers else None
-        with replaced({} if experts is None else {experts: _probed(experts, layer, probes)}):
-            hidden_RD = rows.run(layer, hidden_RD, DifferentiableAttention(prefix, row_R), row_R)
+@torch.enable_grad()
+def _loss_gradient(model: MoEModel, hidden_RD: Tensor, target_R: Tensor) -> Tensor:
+    """Gradients [R, D] of each row's own loss with respect to the last layer's output."""
+    hidden_RD = hidden_RD.detach().requires_grad_()
     logits_RV = model.head.logits(hidden_RD)
     loss = F.cross_entropy(logits_RV.to(_wide(logits_RV.dtype)), target_R, reduction="sum")
-    return dict(zip(probes, torch.autograd.grad(loss, list(probes.values())), strict=True))
+    return torch.autograd.grad(loss, hidden_RD)[0]
+
+
+@torch.enable_grad()
+def _descend(
+    rows: Rows,
+    layer: int,
+    given_RD: Tensor,
+    attention: PrefixAttention,
+    row_R: Tensor,
+    experts: nn.Module | None,
+    gradient_RD: Tensor,
+) -> tuple[Tensor, Tensor | None]:
+    """From the gradients at a layer's output those at its input, and those at its experts' output where asked for."""
+    given_RD = given_RD.detach().requires_grad_()
+    probes: dict[int, Tensor] = {}
+    with replaced({} if experts is None else {experts: _probed(experts, layer, probes)}):
+        out_RD = rows.run(layer, given_RD, attention, row_R)
+    found = torch.autograd.grad(out_RD, [given_RD, *probes.values()], gradient_RD)
+    return found[0], found[1] if probes else None
 
 
 def _probed(experts: nn.Module, layer: int, probes: dict[int, Tensor]) -> Callable[..., Any]:

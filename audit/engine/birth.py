@@ -19,7 +19,7 @@ from audit.calibration import Calibration
 from audit.engine.result import Redistribution
 from audit.engine.worlds import Routed, Worlds, changed_output
 from audit.models.attention import Prefixes
-from audit.models.discovery import Site
+from audit.models.discovery import ModelError, Site
 from audit.models.moe_model import MoEModel
 from audit.models.router import Strike, correction_biases
 from audit.models.rows import Rows
@@ -35,6 +35,13 @@ class CleanLayer:
     prefixes: Prefixes
     routed: Routed | None = None
     replies: dict[nn.Module, Any] = field(default_factory=dict)
+
+    @property
+    def seen(self) -> Routed:
+        """What the layer's experts were given and returned. Raises ModelError where they were not called."""
+        if self.routed is None:
+            raise ModelError(f"model: layer {self.layer} ran without calling its experts; nothing can be removed there")
+        return self.routed
 
 
 @dataclass(slots=True)
@@ -85,8 +92,7 @@ def bear(
 
     With ``redistribution``, which goes with ``zero`` of routed experts, also what remains beside what went.
     """
-    site, routed, parent = model.sites[clean.layer], clean.routed, worlds.parent_P
-    assert routed is not None
+    site, routed, parent = model.sites[clean.layer], clean.seen, worlds.parent_P
     forwards = {m: _replaying(reply, parent) for m, reply in clean.replies.items() if m is not site.block}
     contribution_norm = gap_norm = None
     gap: list[Tensor] = []
@@ -173,8 +179,7 @@ def _shared_output(site: Site, clean: CleanLayer, parent_P: Tensor) -> Tensor | 
         return None
     if not _shared_inside(site):
         return _rows(first_tensor(clean.replies[site.shared]))[parent_P]
-    assert clean.routed is not None
-    return _rows(first_tensor(clean.replies[site.block]))[parent_P] - clean.routed.mixture_TD[parent_P]
+    return _rows(first_tensor(clean.replies[site.block]))[parent_P] - clean.seen.mixture_TD[parent_P]
 
 
 def _scaled(output: Any, factor: float) -> Any:

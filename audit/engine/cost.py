@@ -92,12 +92,18 @@ class Sizes:
         """Bytes kept for one clean token while gradients are computed: its keys and values from ``first_layer`` up."""
         return (self.layers - first_layer) * self.element * self.attention_width
 
-    def gradient_row_bytes(self, length: int, first_layer: int) -> int:
-        """Bytes one row of a backward holds: all it passes through from ``first_layer`` up, and its logits."""
+    def given_bytes(self, first_layer: int) -> int:
+        """Bytes kept for one audited token while gradients are computed: what each layer from ``first_layer`` up was
+        given, and the gradient.
+        """
+        return (self.layers - first_layer + 1) * self.element * self.hidden
+
+    def gradient_row_bytes(self, length: int) -> int:
+        """Bytes one row of a backward holds: all it passes through in one layer, or its logits."""
         wide = max(self.element, 4)  # norms and routers work in float32
         experts = self.top_k * (2 * self.hidden + 3 * self.expert_width)
         layer = wide * (12 * self.hidden + 2 * self.attention_width + experts + 4 * self.heads * length)
-        return (self.layers - first_layer) * layer + 4 * wide * self.vocabulary
+        return max(layer, 4 * wide * self.vocabulary)
 
 
 def working_bytes(sizes: Sizes, memory: int) -> int:
@@ -120,10 +126,12 @@ def micro_batch_for(sizes: Sizes, memory: int, length: int) -> int:
     return max(SMALLEST_MICRO_BATCH, min(best, int(fitting)))
 
 
-def gradient_rows_for(sizes: Sizes, working: int, clean_rows: int, length: int, first_layer: int) -> int:
-    """Rows of one backward that fit beside the keys and values of ``clean_rows`` tokens; at least one."""
-    left = working - clean_rows * sizes.gradient_bytes(first_layer)
-    return max(1, left // sizes.gradient_row_bytes(length, first_layer))
+def gradient_rows_for(
+    sizes: Sizes, working: int, clean_rows: int, audited_rows: int, length: int, first_layer: int
+) -> int:
+    """Rows of one backward that fit beside what is kept of ``clean_rows`` and ``audited_rows`` tokens; at least one."""
+    left = working - clean_rows * sizes.gradient_bytes(first_layer) - audited_rows * sizes.given_bytes(first_layer)
+    return max(1, left // sizes.gradient_row_bytes(length))
 
 
 def cost_of(
@@ -141,9 +149,9 @@ def cost_of(
     """Cost of auditing ``positions[i]`` tokens of a sequence of ``lengths[i]`` at ``layers``; ``worlds`` per
     token and layer.
 
-    ``attribution`` adds a clean pass, and per token one virtual token from the first layer up, forwards and backwards:
-    about three times its forward. Repeats add a clean pass and a world per token and layer to one sequence in
-    ``identity_every``, but no rows.
+    ``attribution`` adds a clean pass, and per token one virtual token from the first layer up, forwards, forwards again
+    and backwards: about four times its forward. Repeats add a clean pass and a world per token and layer to one
+    sequence in ``identity_every``, but no rows.
     """
     repeats = any(i.target.selection != "shared" for i in interventions) / identity_every
     rows, flops = 0.0, 0.0
@@ -158,8 +166,8 @@ def cost_of(
             carried = born if scope == "token" else whole * length
             flops += carried * sum(per_token[layer:]) + born * 2.0 * sizes.hidden * sizes.vocabulary
         if attribution and layers:
-            row = sum(per_token[min(layers) :]) + 2.0 * sizes.hidden * sizes.vocabulary
-            flops += length * sum(per_token) + 3.0 * audited * row
+            row = 4.0 * sum(per_token[min(layers) :]) + 3.0 * 2.0 * sizes.hidden * sizes.vocabulary
+            flops += length * sum(per_token) + audited * row
     size = BYTES_PER_EFFECT + BYTES_PER_FLOAT * (attribution + 4 * redistribution)
     return Cost(round(rows), flops, round(rows) * size)
 

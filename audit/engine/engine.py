@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import get_args
 
 import numpy as np
@@ -32,7 +33,7 @@ from audit.engine.cost import (
 from audit.engine.observe import observe
 from audit.engine.oracle import oracle
 from audit.engine.repeats import choose, paired, request_again
-from audit.engine.result import Request, Result, ranking_values
+from audit.engine.result import Request, Result, plan_bytes, ranking_values
 from audit.engine.rounding import other_rounding
 from audit.engine.suffix import suffix
 from audit.engine.sweep import sweep, worlds_per_row
@@ -121,6 +122,11 @@ class Engine:
         """
         self.require_possible(layers, interventions, scope, all_positions)
         _check_additions(interventions, scope, attribution, redistribution)
+        if attribution and self.method == "oracle" and not self.model.shard.resident:
+            raise ValueError(
+                "attribution: true needs all layers' weights at one time with the oracle, which this model takes "
+                f"({self.model.description.engine_reason}); back end {self.model.shard.backend} has one layer's"
+            )
         self._check_tokens(sequences, positions)
         _check_calibration(interventions, calibration)
         ranked = ranking_values(self.model.sites, layers, interventions, rankings, self.model.device)
@@ -137,7 +143,8 @@ class Engine:
             )
             while True:
                 try:
-                    result = self._run(request, micro_batch)
+                    with self.model.shard.sweep(partial(plan_bytes, request, micro_batch)):
+                        result = self._run(request, micro_batch)
                     break
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
                     if not _out_of_memory(error) or micro_batch <= SMALLEST_MICRO_BATCH:
@@ -259,9 +266,9 @@ class Engine:
         clean = sizes.clean_bytes() * kept
         audited = sizes.audited_bytes() + sizes.virtual_bytes() * worlds * held
         if attribution:  # gradients come before the sweep and take its place; what stays of them is one row per layer
-            left -= sizes.gradient_row_bytes(length, min(layers))
+            left -= sizes.gradient_row_bytes(length)
             clean += sizes.gradient_bytes(min(layers))
-            audited += len(layers) * sizes.hidden * sizes.element
+            audited += sizes.given_bytes(min(layers)) + len(layers) * sizes.hidden * sizes.element
         return left, clean, audited
 
     # ---- one sweep --------------------------------------------------------------------------------------------------
@@ -291,7 +298,8 @@ class Engine:
         if self.method == "oracle":
             return own_loss_gradients(self.model, request)
         lengths = [len(ids) for ids in request.sequences]
-        rows = gradient_rows_for(self.sizes, self._working, sum(lengths), max(lengths), min(request.layers))
+        first = min(request.layers)
+        rows = gradient_rows_for(self.sizes, self._working, sum(lengths), len(request.rows_M), max(lengths), first)
         return loss_gradients(self.model, request, min(rows, micro_batch))
 
     def _request(

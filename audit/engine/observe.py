@@ -55,10 +55,11 @@ def _observe_one(model: MoEModel, sequence: TokenSequence, domain: int, calibrat
             return mixture
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            with replaced({site.experts: lambda x, index, weights: torch.zeros_like(x)}):
-                before = first_tensor(own(*args, **kwargs))
-            with replaced({site.experts: experts}):
-                output = own(*args, **kwargs)
+            with model.shard.visit(layer):
+                with replaced({site.experts: lambda x, index, weights: torch.zeros_like(x)}):
+                    before = first_tensor(own(*args, **kwargs))
+                with replaced({site.experts: experts}):
+                    output = own(*args, **kwargs)
             index_TK, weights_TK, outputs_TKD = seen.pop()
             calibration.add(
                 layer,

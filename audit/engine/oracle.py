@@ -19,6 +19,7 @@ from audit.engine.readout import next_tokens
 from audit.engine.result import Effects, Redistribution, Request, Result, redistributes
 from audit.engine.worlds import Case, Routed, Worlds, identity_worlds, sequence_cases, worlds_of
 from audit.interventions import Intervention
+from audit.models.discovery import ModelError
 from audit.models.experts import ModuleExperts
 from audit.models.moe_model import MoEModel
 from audit.models.router import Strike, correction_biases
@@ -169,6 +170,8 @@ class _Oracle:
             forwards[module] = _noting(module, around)
         for number in range(len(self.request.sequences)):
             self._forward(number, forwards)
+        if not parts:
+            raise ModelError(f"model: layer {layer} ran without calling its experts; nothing can be removed there")
         joined = [torch.cat(column) for column in zip(*parts, strict=True)]
         routed = Routed(joined[0], joined[1], joined[2], joined[3], joined[4])
         if around:
@@ -257,14 +260,13 @@ class _Oracle:
         site = self.model.sites[layer]
         assert site.router is not None
         choose, own = site.router.forward, site.experts.forward
-        biases = correction_biases(site.block, site.num_experts)
 
         def router(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
             T = hidden.numel() // hidden.shape[-1]
             removed_TE = torch.zeros(T, site.num_experts, dtype=torch.bool, device=hidden.device)
             for n, row in enumerate(at_N.tolist()):
                 removed_TE[row, index_NK[n][members_NK[n]]] = True
-            with Strike(removed_TE, biases):
+            with Strike(removed_TE, correction_biases(site.block, site.num_experts)):
                 return choose(hidden, *args, **kwargs)
 
         def experts(*args: Any, **kwargs: Any) -> Any:

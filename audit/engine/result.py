@@ -87,6 +87,23 @@ class Request:
         return self.calibration.missing(layer)
 
 
+def plan_bytes(request: Request, micro_batch: int) -> bytes:
+    """What a request says to compute, as bytes that are equal where two requests are."""
+    tensors = [*request.sequences, request.rows_M, *request.token_T]
+    said = (
+        micro_batch,
+        sorted(request.layers),
+        list(request.interventions),
+        request.scope,
+        request.all_positions,
+        request.identity_every,
+        request.seed,
+        request.attribution,
+        request.redistribution,
+    )
+    return repr(said).encode() + b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)
+
+
 def ranking_values(
     sites: Mapping[int, Site],
     layers: Sequence[int],

@@ -97,8 +97,7 @@ class _OneSequence:
         )
 
     def _cases(self, layer: int, intervention: Intervention, identity: bool) -> tuple[list[Case], int]:
-        routed = self.clean[layer].routed
-        assert routed is not None
+        routed = self.clean[layer].seen
         rows_M = self.controls if identity else self.rows_M
         cases, skipped = sequence_cases(
             intervention,
@@ -119,23 +118,23 @@ class _OneSequence:
     def _measure(self, layer: int, cases: list[Case], readout: Readout) -> list[tuple[Effects, Outcomes, Tensor]]:
         found: list[tuple[Effects, Outcomes, Tensor]] = []
         clean, T = self.clean[layer], len(self.sequence)
-        assert clean.routed is not None
         for a in range(0, len(cases), self.side_by_side):
             batch = cases[a : a + self.side_by_side]
             worlds = joined([case.done for case in batch])
-            begun = bear(
-                self.model,
-                self.rows,
-                clean,
-                worlds,
-                self.request.calibration,
-                self.token_T,
-                self.request.seed,
-                redistributes(self.request, worlds),
-            )
+            with self.model.shard.visit(layer):
+                begun = bear(
+                    self.model,
+                    self.rows,
+                    clean,
+                    worlds,
+                    self.request.calibration,
+                    self.token_T,
+                    self.request.seed,
+                    redistributes(self.request, worlds),
+                )
             hidden_PD, changed_P = self._carry(layer, begun.hidden_PD, len(batch))
             read_N = torch.cat([case.read_N + i * T for i, case in enumerate(batch)])
-            effect = Effects.of(layer, worlds[read_N], clean.routed)
+            effect = Effects.of(layer, worlds[read_N], clean.seen)
             effect.contribution_norm_P, effect.gap_norm_P = begun.contribution_norm_P[read_N], begun.gap_norm_P[read_N]
             effect.redistribution = None if begun.redistribution is None else begun.redistribution[read_N]
             outcomes = readout.empty(len(read_N))
@@ -159,8 +158,7 @@ class _OneSequence:
         return hidden_PD, changed_P
 
     def _watched(self, layer: int, at_P: Tensor, changed_P: Tensor) -> Callable[..., Tensor]:
-        mixture, routed = self.model.experts[layer].mixture, self.clean[layer].routed
-        assert routed is not None
+        mixture, routed = self.model.experts[layer].mixture, self.clean[layer].seen
 
         def experts(x_PD: Tensor, index_PK: Tensor, weights_PK: Tensor) -> Tensor:
             changed_P.logical_or_(differently_routed(index_PK, routed.index_TK[at_P]))

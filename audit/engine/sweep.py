@@ -62,16 +62,16 @@ def sweep(model: MoEModel, request: Request, micro_batch: int, gradients: LossGr
     effects: list[Effects] = []
     skipped = 0
     for layer in range(len(model.layers)):
-        clean = CleanLayer(layer, hidden_TD, rows.prefixes(layer))
-        hidden_TD = run_clean(model, rows, clean, keep=layer in request.layers)
-        _carry(model, rows, clean, virtual, micro_batch)
-        if layer not in request.layers:
-            continue
-        assert clean.routed is not None
-        for worlds in _worlds(request, layer, clean.routed):
-            skipped += worlds.skipped
-            if len(worlds):
-                effects.append(_births(model, rows, clean, worlds, virtual, request, micro_batch, gradients))
+        with model.shard.visit(layer):
+            clean = CleanLayer(layer, hidden_TD, rows.prefixes(layer))
+            hidden_TD = run_clean(model, rows, clean, keep=layer in request.layers)
+            _carry(model, rows, clean, virtual, micro_batch)
+            if layer not in request.layers:
+                continue
+            for worlds in _worlds(request, layer, clean.seen):
+                skipped += worlds.skipped
+                if len(worlds):
+                    effects.append(_births(model, rows, clean, worlds, virtual, request, micro_batch, gradients))
     readout = Readout(model.head, hidden_TD, request.rows_M, next_tokens(request.sequences))
     outcomes = readout.empty(virtual.alive)
     order, row_P = virtual.by_position(), torch.searchsorted(request.rows_M, virtual.parent_P[: virtual.alive])
@@ -125,8 +125,7 @@ def _watched(
     model: MoEModel, clean: CleanLayer, virtual: Virtual, place_R: Tensor, parent_R: Tensor
 ) -> Callable[..., Tensor]:
     """The experts, noting which identity worlds were routed otherwise than their clean token."""
-    mixture, routed = model.experts[clean.layer].mixture, clean.routed
-    assert routed is not None
+    mixture, routed = model.experts[clean.layer].mixture, clean.seen
 
     def experts(x_RD: Tensor, index_RK: Tensor, weights_RK: Tensor) -> Tensor:
         control = torch.nonzero(virtual.identity_P[place_R]).flatten()
@@ -151,8 +150,7 @@ def _births(
     micro_batch: int,
     gradients: LossGradients | None,
 ) -> Effects:
-    assert clean.routed is not None
-    effects = Effects.of(clean.layer, worlds, clean.routed)
+    effects = Effects.of(clean.layer, worlds, clean.seen)
     born = virtual.add(worlds)
     asked = redistributes(request, worlds)
     remains: list[Redistribution] = []
@@ -165,7 +163,7 @@ def _births(
         if begun.redistribution is not None:
             remains.append(begun.redistribution)
         if gradients is not None and acts_on_one_expert(worlds):
-            attributions.append(gradients.attribution(clean.layer, worlds[part], clean.routed))
+            attributions.append(gradients.attribution(clean.layer, worlds[part], clean.seen))
     effects.redistribution = Redistribution.joined(remains) if remains else None
     effects.attribution_P = torch.cat(attributions) if attributions else None
     return effects

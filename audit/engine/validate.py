@@ -27,6 +27,7 @@ from audit.models.loading import load_model
 from audit.models.moe_model import MoEModel
 from audit.models.router import Strike, correction_biases, verify
 from audit.models.seam import replaced
+from audit.models.shards.shard import ModelShard
 
 log = logging.getLogger(__name__)
 
@@ -133,9 +134,14 @@ def _reroute_fails(model: MoEModel, probe: TokenSequence) -> str | None:
         given: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         with replaced({site.block: _noting(site.block, given)}), model.own_attention():
             model.module(input_ids=ids, use_cache=False)
-        biases = correction_biases(site.block, site.num_experts)
+        with model.shard.visit(layer):
+            biases = correction_biases(site.block, site.num_experts)
         reason = verify(
-            _chooser(site, *given[0]), _PROBE_TOKENS, site.num_experts, biases, torch.Generator().manual_seed(2)
+            _chooser(model.shard, site, *given[0]),
+            _PROBE_TOKENS,
+            site.num_experts,
+            biases,
+            torch.Generator().manual_seed(2),
         )
         if reason is not None:
             return f"in layer {layer} {reason}"
@@ -153,7 +159,7 @@ def _noting(block: nn.Module, given: list[tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def _chooser(
-    site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]
+    shard: ModelShard, site: Site, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> Callable[[Tensor | None], tuple[Tensor, Tensor, Strike | None]]:
     """Route the block's probe rows once, without the experts marked in ``removed_NE``."""
     router = site.router
@@ -172,7 +178,7 @@ def _chooser(
             with strike or contextlib.nullcontext():
                 return own(*a, **k)
 
-        with replaced({site.experts: experts, router: struck}):
+        with shard.visit(site.layer), replaced({site.experts: experts, router: struck}):
             site.block(*args, **kwargs)
         return (*chosen[0], strike)
 

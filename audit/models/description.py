@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from audit.models.discovery import ModelError, Site, decoder_layers, find_sites
+from audit.models.discovery import ModelError, Site, decoder_layers, find_sites, whole_shape
 from audit.models.sources import library_errors, resolve_source
 
 
@@ -83,7 +84,7 @@ def description_of(
     return ModelDescription(
         source=source,
         family=config.model_type,
-        parameters=sum(p.numel() for p in module.parameters()),
+        parameters=sum(math.prod(whole_shape(p)) for p in module.parameters()),
         bytes=size,
         layers=layers,
         moe_layers=tuple(sites),

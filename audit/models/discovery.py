@@ -10,7 +10,7 @@ import inspect
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 class ModelError(ValueError):
@@ -32,8 +32,8 @@ class Site:
 
 def is_experts(module: nn.Module) -> bool:
     """Whether ``module`` is a fused experts module: three inputs, and weights stacked over experts."""
-    stacked = [p for p in module.parameters(recurse=False) if _shape(p)[:1] and len(_shape(p)) == 3]
-    if not stacked or len({_shape(p)[0] for p in stacked}) != 1:
+    stacked = [p for p in module.parameters(recurse=False) if whole_shape(p)[:1] and len(whole_shape(p)) == 3]
+    if not stacked or len({whole_shape(p)[0] for p in stacked}) != 1:
         return False
     parameters = list(inspect.signature(type(module).forward).parameters)
     return len(parameters) == 4  # self, hidden, index, weights
@@ -72,8 +72,8 @@ def find_sites(layers: nn.ModuleList) -> dict[int, Site]:
             raise ModelError(f"model: layer {number} has {len(experts)} experts modules; one is supported")
         name, module = experts[0]
         block = layer.get_submodule(name.rpartition(".")[0])
-        stacked = next(p for p in module.parameters(recurse=False) if len(_shape(p)) == 3)
-        num_experts = int(getattr(module, "num_experts", _shape(stacked)[0]))
+        stacked = next(p for p in module.parameters(recurse=False) if len(whole_shape(p)) == 3)
+        num_experts = int(getattr(module, "num_experts", whole_shape(stacked)[0]))
         sites[number] = Site(number, module, _router(block, num_experts), _shared(block, layer), block, num_experts)
     return sites
 
@@ -97,8 +97,9 @@ def promised_moe_layers(config: Any, layers: int) -> set[int] | None:
     return None
 
 
-def _shape(parameter: nn.Parameter) -> tuple[int, ...]:
-    # Under ZeRO-3 a parameter is empty outside a forward; its true shape stands beside it.
+def whole_shape(parameter: Tensor) -> tuple[int, ...]:
+    """A parameter's shape, also while its values are elsewhere."""
+    # DeepSpeed leaves a parameter empty while it is divided, with its true shape beside it.
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -111,9 +112,9 @@ def _router(block: nn.Module, num_experts: int) -> nn.Module | None:
     for child in block.children():
         if is_experts(child):
             continue
-        if any(len(_shape(p)) == 2 and _shape(p)[0] == num_experts for p in child.parameters()) and not _looks_like_mlp(
-            child
-        ):
+        if any(
+            len(whole_shape(p)) == 2 and whole_shape(p)[0] == num_experts for p in child.parameters()
+        ) and not _looks_like_mlp(child):
             return child
     return None
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,13 +14,14 @@ from torch import Tensor, nn
 
 from audit.models import attention
 from audit.models.description import description_of, text_config
-from audit.models.discovery import ModelError, Site, decoder_layers, find_sites, promised_moe_layers
+from audit.models.discovery import ModelError, Site, decoder_layers, find_sites, promised_moe_layers, whole_shape
 from audit.models.experts import Experts, ModuleExperts, SortedExperts, agrees
 from audit.models.head import Head
 from audit.models.linear import LinearPath, OneDNNLinear, fastest_linear, onednn_agrees
 from audit.models.moe_model import MoEModel
 from audit.models.rows import Rows, clean_forward
 from audit.models.seam import record_calls, replaced, tensors_in
+from audit.models.shards.shard import ModelShard
 from audit.models.sources import (
     DTYPES,
     first_sentence,
@@ -63,12 +67,23 @@ def load_model(
 
 
 def prepare(
-    module: Any, tokenizer: Any = None, *, source: str = "in memory", experts: str = "auto", linear: str = "auto"
+    module: Any,
+    tokenizer: Any = None,
+    *,
+    source: str = "in memory",
+    experts: str = "auto",
+    linear: str = "auto",
+    shard: ModelShard | None = None,
 ) -> MoEModel:
-    """Find the MoE layers of a model in memory and choose the fast paths. Raises ModelError."""
+    """Find the MoE layers of a model in memory and choose the fast paths. Raises ModelError.
+
+    ``shard``: how this process holds the model's layers; None: whole.
+    """
+    shard = shard or ModelShard()
     module = module.eval().requires_grad_(False)
     config = text_config(module.config)
     layers = decoder_layers(module)
+    _visit_when_called(layers, shard)
     sites = find_sites(layers)
     promised = promised_moe_layers(config, len(layers))
     notes: list[str] = []
@@ -86,14 +101,15 @@ def prepare(
     path: dict[int, Experts] = {}
     chosen = "module"
     with torch.inference_mode(), OneDNNLinear() if linear_path == "onednn" else contextlib.nullcontext():
-        ok = experts != "module" and all(agrees(site.experts, *ranges[layer]) for layer, site in sites.items())
+        ok = experts != "module" and _all_agree(shard, sites, ranges)
         if experts == "sorted" and not ok:
             raise ModelError(
                 "engine.experts: 'sorted' does not reproduce this model's experts module; use auto or module"
             )
         chosen = "sorted" if ok else "module"
         for layer, site in sites.items():
-            path[layer] = SortedExperts(site.experts) if ok else ModuleExperts(site.experts)
+            with shard.visit(layer):
+                path[layer] = SortedExperts(site.experts) if ok else ModuleExperts(site.experts)
     description = description_of(
         module,
         config,
@@ -101,7 +117,7 @@ def prepare(
         sites,
         source=source,
         top_k=max(s.top_k for s in sites.values()),
-        size=sum(p.numel() * p.element_size() for p in module.parameters()),
+        size=sum(math.prod(whole_shape(p)) * p.element_size() for p in module.parameters()),
         engine=(engine, reason),
         notes=notes,
     )
@@ -117,7 +133,33 @@ def prepare(
         attention_modules,
         Head(module, layers),
         description,
+        shard,
     )
+
+
+def _visit_when_called(layers: nn.ModuleList, shard: ModelShard) -> None:
+    """Make every layer bring its own weights where nobody has done so; what replaces a layer brings none."""
+    if shard.resident:
+        return
+    for number, layer in enumerate(layers):
+        layer.__dict__["forward"] = _visiting(number, layer.forward, shard)
+
+
+def _visiting(number: int, own: Callable[..., Any], shard: ModelShard) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with shard.visit(number):
+            return own(*args, **kwargs)
+
+    return forward
+
+
+def _all_agree(shard: ModelShard, sites: dict[int, Site], ranges: dict[int, tuple[Tensor, Tensor, Tensor]]) -> bool:
+    found = True
+    for layer, site in sites.items():  # ranks ask for every layer together, also after one has said no
+        with shard.visit(layer):
+            found = agrees(site.experts, *ranges[layer]) and found
+    return found
 
 
 def _linear_path(linear: str, module: nn.Module) -> LinearPath:

@@ -14,6 +14,7 @@ from audit.models.discovery import Site
 from audit.models.experts import Experts
 from audit.models.head import Head
 from audit.models.linear import LinearPath, OneDNNLinear
+from audit.models.shards.shard import ModelShard
 
 
 @dataclass(slots=True, eq=False)
@@ -33,6 +34,7 @@ class MoEModel:
     attention_modules: list[tuple[nn.Module, ...]]  # per layer
     head: Head
     description: ModelDescription
+    shard: ModelShard
     # Why reroute is refused; None once validation has seen that it works.
     reroute_refused: str | None = "the model was not validated (audit.load and audit.validate do that)"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from torch import Tensor
 
-from audit.models.discovery import Site
+from audit.models.discovery import Site, whole_shape
 from audit.models.expert_slices import expert_weights
 from audit.models.moe_model import MoEModel
 from audit.observations import weight_statistics
@@ -14,11 +14,13 @@ from audit.observations import weight_statistics
 def weight_metrics(model: MoEModel) -> pd.DataFrame:
     """``weight_statistics`` of every MoE layer; no rows where :func:`has_weight_metrics` says no."""
     frames = []
+    if not has_weight_metrics(model):
+        return pd.DataFrame(columns=["layer", "expert"])
     for layer, site in model.sites.items():
-        router = _router_matrix(site)
-        if router is None:
-            return pd.DataFrame(columns=["layer", "expert"])
-        frames.append(weight_statistics(layer, router, expert_weights(site.experts, site.num_experts)))
+        with model.shard.visit(layer):
+            router = _router_matrix(site)
+            assert router is not None
+            frames.append(weight_statistics(layer, router, expert_weights(site.experts, site.num_experts)))
     return pd.concat(frames, ignore_index=True)
 
 
@@ -28,5 +30,5 @@ def has_weight_metrics(model: MoEModel) -> bool:
 
 
 def _router_matrix(site: Site) -> Tensor | None:
-    matrices = [p for p in site.router.parameters() if p.dim() == 2] if site.router is not None else []
-    return next((p for p in matrices if p.shape[0] == site.num_experts), None)
+    matrices = list(site.router.parameters()) if site.router is not None else []
+    return next((p for p in matrices if len(shape := whole_shape(p)) == 2 and shape[0] == site.num_experts), None)

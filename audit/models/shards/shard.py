@@ -1,4 +1,4 @@
-"""How one process holds its model. The engine asks for a layer before it uses it, and does not know where it comes from.
+"""How one process holds its model. The engine asks for a layer before it uses it, wherever that comes from.
 
 Everything outside the decoder layers (embedding, final norm, head, rotary tables) is on every rank at all times.
 """
