@@ -5,12 +5,17 @@ Also the other way round: how many rows may go through a layer at once, and how 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import nn
 
 from audit.interventions import Intervention
-from audit.models.description import text_config
-from audit.models.moe_model import MoEModel
+from audit.models.description import ModelDescription, text_config
+from audit.models.discovery import Site, whole_shape
 
 # Python, torch, transformers and Arrow once imported (CPU), or a CUDA context with its libraries: measured
 # 0.55-0.62 GiB.
@@ -39,13 +44,32 @@ BYTES_PER_EFFECT = 45  # of Parquet, zstd: measured on the demo audit
 BYTES_PER_FLOAT = 4  # of a further column of measured float32 values: they hardly compress
 
 
-class Sizes:
-    """The dimensions of a loaded model that costs depend on."""
+class Sized(Protocol):
+    """What costs are computed from: a loaded model, or one built from its configuration without weights."""
 
-    def __init__(self, model: MoEModel) -> None:
+    @property
+    def module(self) -> nn.Module: ...
+    @property
+    def layers(self) -> nn.ModuleList: ...
+    @property
+    def sites(self) -> Mapping[int, Site]: ...
+    @property
+    def description(self) -> ModelDescription: ...
+    @property
+    def device(self) -> torch.device: ...
+
+
+class Sizes:
+    """The dimensions of a model that costs depend on.
+
+    ``weights``: bytes of them on the device; None: of all. ``device``: the type of the one that will compute; None:
+    the model's.
+    """
+
+    def __init__(self, model: Sized, weights: int | None = None, device: str | None = None) -> None:
         config = text_config(model.module.config)
         self.element = next(model.module.parameters()).element_size()
-        self.weights = model.description.bytes
+        self.weights = model.description.bytes if weights is None else weights
         self.hidden, self.vocabulary, self.top_k = (
             model.description.hidden_size,
             model.description.vocabulary,
@@ -54,10 +78,10 @@ class Sizes:
         self.heads = int(getattr(config, "num_attention_heads", 1) or 1)
         self.layers = len(model.layers)
         self.moe_layers = set(model.sites)
-        self.device = model.device.type
+        self.device = device or model.device.type
         self.active = [_active_parameters(model, layer) for layer in range(self.layers)]
         site = next(iter(model.sites.values()))
-        stacked = [p.shape for p in site.experts.parameters(recurse=False) if p.dim() == 3]
+        stacked = [shape for p in site.experts.parameters(recurse=False) if len(shape := whole_shape(p)) == 3]
         self.expert_width = max(max(shape[1:]) for shape in stacked)
         # Keys, values, queries and their rotated copies of one row: bounded by the attention's projections.
         self.attention_width = 4 * max(
@@ -119,6 +143,52 @@ def working_bytes(sizes: Sizes, memory: int) -> int:
     return left
 
 
+def shares(
+    sizes: Sizes, left: float, length: int, layers: Sequence[int], worlds: float, scope: str, attribution: bool
+) -> tuple[float, float, float]:
+    """How the bytes ``left`` beside a micro-batch are used: those for rows, per clean token, per audited position.
+
+    ``worlds`` per position and layer; ``length`` of the longest sequence.
+    """
+    # In sequence scope worlds come and go; all clean layers stay until the sequence is done.
+    held = len(layers) if scope == "token" else 4
+    kept = 1 if scope == "token" else sizes.layers
+    clean = sizes.clean_bytes() * kept
+    audited = sizes.audited_bytes() + sizes.virtual_bytes() * worlds * held
+    if attribution:  # gradients come before the sweep and take its place; what stays of them is one row per layer
+        left -= sizes.gradient_row_bytes(length)
+        clean += sizes.gradient_bytes(min(layers))
+        audited += sizes.given_bytes(min(layers)) + len(layers) * sizes.hidden * sizes.element
+    return left, clean, audited
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """What one sweep holds: ``micro_batch`` rows in a layer at once, ``tokens`` audited, ``rows`` virtual tokens."""
+
+    micro_batch: int
+    tokens: int
+    rows: int
+
+
+def room_for(sizes: Sizes, memory: int, length: int, identity_every: int = 8) -> Room:
+    """The largest sweep in ``memory`` that removes every active expert of every token of sequences of ``length``.
+
+    Raises ValueError where the memory does not hold the weights and the smallest sweep.
+    """
+    micro_batch = micro_batch_for(sizes, memory, length)
+    worlds, layers = sizes.top_k + 1.0 / identity_every, sorted(sizes.moe_layers)
+    beside = working_bytes(sizes, memory) - micro_batch * sizes.row_bytes(length)
+    left, clean, audited = shares(sizes, beside, length, layers, worlds, "token", False)
+    # A sequence is there whole; of its tokens as many are audited as fit, in further sequences all of them.
+    first = min(length, int((left - length * clean) // audited))
+    more = int((left - length * (clean + audited)) // (length * (clean + audited)))
+    tokens = min(MOST_CLEAN_ROWS // length * length, first + max(0, more) * length)
+    if tokens < 1:
+        raise ValueError(f"{memory / 2**20:,.0f} MiB do not hold one token of a sequence of {length}")
+    return Room(micro_batch, tokens, int(tokens * worlds * len(layers)))
+
+
 def micro_batch_for(sizes: Sizes, memory: int, length: int) -> int:
     """Rows that go through a layer at once: the device's best, or what a third of the working memory holds."""
     fitting = working_bytes(sizes, memory) // 3 // sizes.row_bytes(length)
@@ -177,10 +247,14 @@ def _sequence_worlds(sizes: Sizes, length: int, worlds: float, interventions: Se
     return min(length * worlds, sum(64.0 if i.target.selection == "each" else 1.0 for i in interventions)) + 1.0
 
 
-def _active_parameters(model: MoEModel, layer: int) -> int:
-    total = sum(p.numel() for p in model.layers[layer].parameters())
+def _active_parameters(model: Sized, layer: int) -> int:
+    total = _elements(model.layers[layer])
     site = model.sites.get(layer)
     if site is None:
         return total
-    experts = sum(p.numel() for p in site.experts.parameters())
-    return total - experts + experts * site.top_k // site.num_experts
+    experts = _elements(site.experts)
+    return total - experts + experts * model.description.top_k // site.num_experts
+
+
+def _elements(module: nn.Module) -> int:
+    return sum(math.prod(whole_shape(p)) for p in module.parameters())
