@@ -9,6 +9,7 @@ nobody waits for ever.
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -70,11 +71,17 @@ class Lockstep:
         """Around one task of this rank, or none: it ends when those of all ranks have."""
         try:
             yield
-        finally:
-            if not self._broken:
-                self._serve()
+        except Exception as error:
+            # What a failed task held would stay in memory while the others, who need this rank, go on.
+            traceback.clear_frames(error.__traceback__)
+            self._serve()
+            raise
+        self._serve()
 
     def _serve(self) -> None:
+        """Fetch what the others want until they want nothing more."""
+        if self._broken:
+            return
         try:
             while self._next(IDLE) is not None:
                 pass
