@@ -119,14 +119,24 @@ def _weighted_sum(out: Tensor, place_NK: Tensor, weights_NK: Tensor) -> Tensor:
     return F.embedding_bag(place_NK, out, mode="sum", per_sample_weights=weights_NK.to(out.dtype))
 
 
+def experts_of(module: nn.Module, kind: type[ModuleExperts] | type[SortedExperts]) -> Experts:
+    """The module's experts computed by ``kind``, also where a back end has divided them over ranks.
+
+    Raises ValueError where ``kind`` does not know the module's layout.
+    """
+    divided = getattr(module, "divided", None)
+    experts: Experts = kind(module) if divided is None else divided(kind)
+    return experts
+
+
 def agrees(module: nn.Module, x_ND: Tensor, index_NK: Tensor, weights_NK: Tensor) -> bool:
     """Whether the sorted path reproduces the module on these rows, to rounding."""
     try:
-        ours = SortedExperts(module)
+        ours = experts_of(module, SortedExperts)
         mixture, outputs = ours.mixture(x_ND, index_NK, weights_NK), ours.outputs(x_ND, index_NK)
     except (ValueError, AttributeError, RuntimeError):
         return False
-    reference = ModuleExperts(module)
+    reference = experts_of(module, ModuleExperts)
     tolerance = {torch.float64: 1e-11, torch.float32: 1e-5}.get(x_ND.dtype, 3e-2)
     exact, slots = reference.mixture(x_ND, index_NK, weights_NK), reference.outputs(x_ND, index_NK)
     return _close(mixture, exact, tolerance) and _close(outputs, slots, tolerance)

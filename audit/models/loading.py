@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from audit.models import attention
 from audit.models.description import description_of, text_config
 from audit.models.discovery import ModelError, Site, decoder_layers, find_sites, promised_moe_layers, whole_shape
-from audit.models.experts import Experts, ModuleExperts, SortedExperts, agrees
+from audit.models.experts import Experts, ModuleExperts, SortedExperts, agrees, experts_of
 from audit.models.head import Head
 from audit.models.linear import LinearPath, OneDNNLinear, fastest_linear, onednn_agrees
 from audit.models.moe_model import MoEModel
@@ -86,7 +86,7 @@ def prepare(
     _visit_when_called(layers, shard)
     sites = find_sites(layers)
     promised = promised_moe_layers(config, len(layers))
-    notes: list[str] = []
+    notes = shard.notes()
     if getattr(module.config, "output_router_logits", False):
         module.config.output_router_logits = False
         notes.append("output_router_logits was switched off: the auxiliary loss it leads to is no part of the audit")
@@ -109,7 +109,7 @@ def prepare(
         chosen = "sorted" if ok else "module"
         for layer, site in sites.items():
             with shard.visit(layer):
-                path[layer] = SortedExperts(site.experts) if ok else ModuleExperts(site.experts)
+                path[layer] = experts_of(site.experts, SortedExperts if ok else ModuleExperts)
     description = description_of(
         module,
         config,

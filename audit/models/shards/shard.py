@@ -52,6 +52,10 @@ class ModelShard:
         """
         return nullcontext()
 
+    def notes(self) -> list[str]:
+        """What the model's description says of the back end."""
+        return []
+
     def weight_bytes(self, layers: nn.ModuleList, module: nn.Module) -> int:
         """Bytes of weights on this device while a layer is visited."""
         return sum(p.numel() * p.element_size() for p in module.parameters())
