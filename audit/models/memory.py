@@ -100,8 +100,10 @@ def share_of(weights: Weights, backend: Backend, ranks: int = 1, offload: Offloa
         case "single":
             return Share(weights.total)
         case "accelerate":
-            device = weights.outside + weights.largest_layer
-            return Share(device, disk=weights.inside) if offload == "nvme" else Share(device, host=weights.inside)
+            device, experts = weights.outside + weights.largest_layer, sum(layer.experts for layer in weights.layers)
+            if offload == "nvme":
+                return Share(device, host=weights.inside - experts, disk=experts)
+            return Share(device, host=weights.inside)
         case "deepspeed_zero3":
             part, visited = -(-weights.inside // ranks), weights.outside + weights.largest_layer
             match offload:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -44,8 +45,8 @@ def configuration_of(fields: dict[str, Any], source: str) -> Any:
     with library_errors(source, "built", "fields that its configuration class takes"):
         try:
             return AutoConfig.for_model(family, **known)
-        except (TypeError, AttributeError) as error:
-            raise ValueError(str(error)) from error
+        except (TypeError, AttributeError, StrictDataclassError) as error:
+            raise ValueError(" ".join(str(error).split())) from error
 
 
 def outline(

@@ -1,0 +1,179 @@
+"""One process whose model is larger than its device: layers stay in host memory or on disk until they are visited.
+
+The weights are moved by accelerate, a whole decoder layer at a time, without its hooks: those move one submodule at a
+time, at every forward, and empty the device's cache after every tensor.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate.hooks import remove_hook_from_submodules
+from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, set_module_tensor_to_device
+from torch import Tensor, nn
+
+from audit.models.discovery import ModelError, decoder_layers
+from audit.models.memory import Offload
+from audit.models.outline import outline, read_configuration
+from audit.models.shards.shard import Inspect, ModelShard
+from audit.models.sources import DTYPES, load_module, load_tokenizer, resolve_device, resolve_source
+
+
+class Offloaded(ModelShard):
+    """Back end ``accelerate``: at most the visited layers are on the device.
+
+    ``offload``: ``cpu`` keeps layers in host memory, as the loader put them there (memory-mapped where the checkpoint's
+    tensors are the model's); ``nvme`` keeps the experts in a new folder within ``folder``, which is removed with the
+    shard, and the rest of the layers in host memory.
+    """
+
+    backend = "accelerate"
+    resident = False
+
+    def __init__(self, offload: Offload, folder: str | None = None) -> None:
+        super().__init__()
+        self.folder: str | None = None
+        if offload == "nvme":
+            self.folder = tempfile.mkdtemp(prefix="moe-audit-", dir=_existing(folder))
+            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self._device = torch.device("cpu")
+        self._layers: list[nn.Module] = []
+        self._kept: list[Mapping[str, Tensor]] = []  # per layer, by the parameter's name in it
+        self._visits: dict[int, int] = {}  # layer: visits that are open, one within the other
+
+    def hold(self, module: Any, kept: Mapping[str, Tensor], device: torch.device) -> None:
+        """Put ``module`` on the device but for its decoder layers' weights, which ``kept`` has by full name."""
+        layers = decoder_layers(module)
+        prefix = next(name for name, child in module.named_modules() if child is layers) + "."
+        self._device, self._layers = device, list(layers)
+        self._kept = [PrefixedDataset(kept, f"{prefix}{number}.") for number in range(len(layers))]
+        for layer in self._layers:
+            self._release(layer)
+        inside = {id(p) for p in layers.parameters()}
+        for name, tensor in [*module.named_parameters(remove_duplicate=False), *module.named_buffers()]:
+            if id(tensor) not in inside:
+                set_module_tensor_to_device(module, name, device, clear_cache=False)
+        module.tie_weights()  # what was tied was placed twice
+
+    @contextmanager
+    def visit(self, layer: int) -> Iterator[None]:
+        self._visits[layer] = self._visits.get(layer, 0) + 1
+        try:
+            if self._visits[layer] == 1:
+                self._bring(layer)
+            yield
+        finally:
+            self._visits[layer] -= 1
+            if not self._visits[layer]:
+                self._release(self._layers[layer])
+
+    def weight_bytes(self, layers: nn.ModuleList, module: nn.Module) -> int:
+        sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]
+        return super().weight_bytes(layers, module) - sum(sizes) + max(sizes)
+
+    def notes(self) -> list[str]:
+        where = "layers are kept in host memory" if self.folder is None else f"experts are kept in {self.folder}"
+        return [f"{where}; layers are brought to the device one at a time, once per layer and sweep"]
+
+    def _bring(self, layer: int) -> None:
+        self.gathers[layer] = self.gathers.get(layer, 0) + 1
+        module, kept = self._layers[layer], self._kept[layer]
+        # A sweep has gradients switched off for all it makes, but attribution takes some through these weights.
+        with torch.inference_mode(False), torch.no_grad():
+            for name, _ in list(module.named_parameters()):
+                set_module_tensor_to_device(module, name, self._device, value=kept[name], clear_cache=False)
+
+    @staticmethod
+    def _release(module: nn.Module) -> None:
+        with torch.inference_mode(False), torch.no_grad():
+            for name, _ in list(module.named_parameters()):
+                set_module_tensor_to_device(module, name, "meta", clear_cache=False)
+
+
+def load_offloaded(
+    source: str,
+    shard: Offloaded,
+    *,
+    files: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+    inspect: Inspect | None = None,
+) -> tuple[Any, Any]:
+    """The model of a checkpoint, its decoder layers kept by ``shard``, and its tokenizer.
+
+    Arguments as of :func:`audit.models.loading.load_model`. With a folder, experts go there as they are read, so that
+    host memory for one layer's is enough. Raises ModelError.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"model.dtype: {dtype!r} is unknown; known are {', '.join(DTYPES)}")
+    place = resolve_device(device)
+    path = resolve_source(source, files)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    # As in load_model: the default experts code refuses float64, and is the slower one on a CPU.
+    eager = place.type == "cpu" or dtype == "float64"
+    chosen: dict[str, Any] = {"attn_implementation": "eager", **({"experts_implementation": "eager"} if eager else {})}
+    if shard.folder is not None:
+        found = outline(read_configuration(source, files=files, **options), source=source, dtype=dtype)
+        experts = {site.experts for site in found.sites.values()}
+        chosen |= {"device_map": _device_map(found.module, experts), "offload_folder": shard.folder}
+    module = load_module(
+        source, files=files, dtype=DTYPES[dtype], use_safetensors=None if allow_pickle else True, **chosen, **options
+    )
+    module = module.eval().requires_grad_(False)
+    keep(module, shard, place)
+    if inspect is not None:
+        inspect(module, decoder_layers(module), shard)
+    return module, load_tokenizer(path, **options)
+
+
+def keep(module: Any, shard: Offloaded, device: torch.device) -> None:
+    """Give the layers of a model that was just read to ``shard``, and the rest to the device."""
+    on_disk = _on_disk(module)
+    remove_hook_from_submodules(module)  # the library's own, which would fetch what the shard has fetched
+    inside = {name: tensor for name, tensor in module.state_dict().items() if tensor.device.type != "meta"}
+    shard.hold(module, OffloadedWeightsLoader(inside, index=on_disk), device)
+
+
+def _device_map(module: nn.Module, experts: set[nn.Module], prefix: str = "") -> dict[str, str]:
+    """For the library's loader: experts to disk, all that is not around them to the host.
+
+    Only experts, because what the loader leaves on disk it forgets to keep in float32, as some families keep biases of
+    routers and norms.
+    """
+    own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+    places = {f"{prefix}{name}": "cpu" for name, _ in own}
+    for name, child in module.named_children():
+        if child in experts:
+            places[f"{prefix}{name}"] = "disk"
+        elif experts.isdisjoint(child.modules()):
+            places[f"{prefix}{name}"] = "cpu"
+        else:
+            places |= _device_map(child, experts, f"{prefix}{name}.")
+    return places
+
+
+def _on_disk(module: nn.Module) -> dict[str, Any]:
+    """Where the library wrote weights that it did not keep: file and name by full name."""
+    for child in module.modules():
+        kept = getattr(getattr(child, "_hf_hook", None), "weights_map", None)
+        if isinstance(kept, PrefixedDataset):
+            index: dict[str, Any] = kept.dataset.index
+            return index
+    return {}
+
+
+def _existing(folder: str | None) -> Path:
+    path = None if folder is None else Path(folder).expanduser()
+    if path is None or not path.is_dir():
+        raise ModelError(f"model.offload_folder: {folder!r} does not exist; name a folder on a local disk")
+    return path
