@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   moe-audit run configs/demo.yaml --out runs/demo
   moe-audit run audit.yaml --out runs/code --set layers=[1,3] --set positions.sample=500
   moe-audit plan audit.yaml --set scope=sequence
+  moe-audit plan --model deepseek_v3 --ranks 8 --device-memory 80GiB
   moe-audit status runs/demo
   moe-audit submit audit.yaml --out s3://bucket/run1 --address http://127.0.0.1:8265 --follow
   moe-audit stop JOB --address http://127.0.0.1:8265
@@ -55,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     )
     commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     run = commands.add_parser("run", help="do an audit, or what is missing of it, into a folder")
-    plan = commands.add_parser("plan", help="tasks, rows, predicted time and size of an audit, without running it")
+    plan = commands.add_parser(
+        "plan", help="tasks, rows, predicted time and size of an audit, or what a model takes, without running it"
+    )
     status = commands.add_parser("status", help="how far the run in a folder, or a job on a cluster, has come")
     submit = commands.add_parser(
         "submit",
@@ -77,7 +80,12 @@ def parser() -> argparse.ArgumentParser:
         "models", help="what a checkpoint holds: layers, experts, top-k, router, shared experts"
     )
     for command in (run, submit, plan, validate, models):
-        command.add_argument("config", metavar="CONFIG", help="the audit's specification, a YAML file")
+        command.add_argument(
+            "config",
+            metavar="CONFIG",
+            nargs="?" if command is plan else None,
+            help="the audit's specification, a YAML file",
+        )
         command.add_argument(
             "--set",
             metavar="KEY=VALUE",
@@ -94,6 +102,14 @@ def parser() -> argparse.ArgumentParser:
         default="auto",
         help="how progress is shown (default: auto)",
     )
+    plan.add_argument(
+        "--model",
+        metavar="NAME",
+        help="instead of CONFIG: memory and back ends of a model of configs/models, a folder or a hub model",
+    )
+    plan.add_argument("--ranks", type=int, metavar="N", help="processes that hold the model together")
+    plan.add_argument("--device-memory", metavar="SIZE", help="of each rank's device, such as 80GiB")
+    plan.add_argument("--host-memory", metavar="SIZE", help="of the host of all ranks (default: as much as is needed)")
     for command in (reduce, prune, compare):
         command.add_argument("dir", metavar="DIR", help="a run's folder")
     _add_jobs(submit, status, follow, stop)

@@ -28,6 +28,7 @@ from cluster.submission.job_client import JobError
 from jobs import output, submit
 from jobs.compare import compare_with
 from jobs.console import complain, say
+from jobs.plan_model import plan_model
 from jobs.studies import show_cells
 
 
@@ -91,6 +92,23 @@ def run(given: argparse.Namespace) -> int:
 
 
 def plan(given: argparse.Namespace) -> int:
+    if (given.config is None) == (given.model is None):
+        both = "both" if given.model else "neither"
+        raise ConfigError(
+            f"plan: {both} of CONFIG and --model given; give an audit's file, or --model and a model's name"
+        )
+    if given.model is not None:
+        if given.set:
+            raise ConfigError(
+                f"--set: {given.set[0]!r} changes an audit's file, which --model has none of; leave it out"
+            )
+        return plan_model(given)
+    for option in ("ranks", "device_memory", "host_memory"):
+        if getattr(given, option) is not None:
+            raise ConfigError(
+                f"--{option.replace('_', '-')}: {getattr(given, option)!r} goes with --model; for an audit's file use "
+                "--set cluster.ranks or engine.memory"
+            )
     output.show_plan(prepare(AuditConfig.load(given.config, given.set)))
     return 0
 

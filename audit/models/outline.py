@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +33,7 @@ def read_configuration(
 ) -> Any:
     """The configuration of a checkpoint in a folder, on the hub, or of the embedded one. Raises ModelError."""
     path = resolve_source(source, files)
-    with library_errors(source, "read", "a folder with a checkpoint or a hub model"):
+    with library_errors(source, "read", "a folder with a checkpoint or a hub model"), _field_errors():
         return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
 
 
@@ -42,11 +44,17 @@ def configuration_of(fields: dict[str, Any], source: str) -> Any:
     """
     known = dict(fields)
     family = known.pop("model_type", None)
-    with library_errors(source, "built", "fields that its configuration class takes"):
-        try:
-            return AutoConfig.for_model(family, **known)
-        except (TypeError, AttributeError, StrictDataclassError) as error:
-            raise ValueError(" ".join(str(error).split())) from error
+    with library_errors(source, "built", "fields that its configuration class takes"), _field_errors():
+        return AutoConfig.for_model(family, **known)
+
+
+@contextmanager
+def _field_errors() -> Iterator[None]:
+    """Within the block what configuration classes raise for a wrong field is a ValueError of one line."""
+    try:
+        yield
+    except (TypeError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def outline(
