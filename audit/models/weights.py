@@ -6,8 +6,8 @@ import pandas as pd
 from torch import Tensor
 
 from audit.models.discovery import Site, whole_shape
-from audit.models.expert_slices import expert_weights
 from audit.models.moe_model import MoEModel
+from audit.models.shards.expert_slices import expert_weights
 from audit.observations import weight_statistics
 
 

@@ -22,7 +22,11 @@ from audit.models.shards import tensor_parallel
 from audit.models.shards.division import divide_module, skeleton
 from audit.models.shards.expert_slices import DividedExperts
 from audit.models.shards.tensor_parallel import DeepSpeedTensorParallel
+from audit.models.shards.together import Together
 from audit.models.weights import weight_metrics
+from audit.pruning import prune_table
+from audit.pruning.plan import plan_prunings
+from audit.studies.observed import metric_table
 
 KEY = ["layer", "unit", "intervention", "sequence", "position", "expert"]
 LENGTHS = (19, 8)
@@ -136,6 +140,28 @@ def test_other_requests_too(two: Ranks, name: str) -> None:
         require_same(frame, whole, 1e-5)
 
 
+def observed_of(rank: int | None) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """Metrics of the experts, the oracle's effects and simulated prunings; ``rank`` None: of the whole model."""
+    model = validate(single("qwen2_moe") if rank is None else divided(rank, "qwen2_moe"))
+    engine = Engine(model, memory=2**30, micro_batch=64, method="oracle")
+    sequences = texts(LENGTHS)
+    with model.shard.task():
+        metrics = metric_table(engine.observe(sequences).observations, weight_metrics(model))
+        asked: dict[str, Any] = {"layers": [1], "interventions": [Intervention("zero")]}
+        effects = engine.measure(sequences, [np.array([4]), np.array([2])], **asked).effects.to_pandas()
+        plan = plan_prunings([1, 2], ["reap"], shares=(0.25,), draws=1)
+        pruned = prune_table(model, sequences, plan, metrics[metrics["domain"].isna()], seed=0).to_pandas()
+    return metrics, effects, pruned
+
+
+@pytest.mark.full
+def test_observations_whole_forwards_and_prunings_too(two: Ranks) -> None:
+    whole = observed_of(None)
+    for found in two.all(observed_of):
+        for ours, theirs in zip(found, whole, strict=True):
+            pd.testing.assert_frame_equal(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3", "qwen2_moe"])
 def test_bfloat16_is_within_its_own_rounding(two: Ranks, family: str) -> None:
@@ -168,12 +194,15 @@ def test_four_ranks() -> None:
 
 def wrongly(rank: int, what: str) -> tuple[list[str], pd.DataFrame]:
     """Divide with a fault that DeepSpeed or this code might have; the notes, and the effects."""
-    by_rows, copied, own = tensor_parallel._by_rows, tensor_parallel._require_equal, DividedExperts.forward
+    by_rows, require, own = tensor_parallel._by_rows, tensor_parallel._require_equal, DividedExperts.forward
+    enter = Together.enter
     try:
         if what == "bias on every rank":
             tensor_parallel._by_rows = lambda module, together, name, x: together.sum(  # type: ignore[assignment]
                 F.linear(x, module.weight, module.bias), name
             )
+        elif what == "shares of gradients":
+            Together.enter = lambda self, x, name: x  # type: ignore[method-assign]
         elif what == "an unseen fault":
             tensor_parallel._by_rows = lambda module, together, name, x: F.linear(x, module.weight)  # type: ignore[assignment]
             tensor_parallel._require_equal = lambda *_: None  # type: ignore[assignment]
@@ -186,7 +215,8 @@ def wrongly(rank: int, what: str) -> tuple[list[str], pd.DataFrame]:
         model = divided(rank, "gpt_oss" if what == "bias on every rank" else "deepseek_v3")
         return model.description.notes, measured(model)
     finally:
-        tensor_parallel._by_rows, tensor_parallel._require_equal, DividedExperts.forward = by_rows, copied, own  # type: ignore[method-assign]
+        tensor_parallel._by_rows, tensor_parallel._require_equal = by_rows, require
+        DividedExperts.forward, Together.enter = own, enter  # type: ignore[method-assign]
 
 
 def test_a_part_that_computes_something_else_stays_whole(two: Ranks) -> None:
@@ -204,6 +234,7 @@ def test_a_part_that_computes_something_else_stays_whole(two: Ranks) -> None:
     [
         ("an unseen fault", "ModelError: model.backend: layer 0 of this family computes something else when it is"),
         ("one rank's experts", "ModelError: model.backend: the experts of layer 1 cannot be divided over 2 ranks"),
+        ("shares of gradients", "the experts of layer 1 cannot be divided over 2 ranks (its gradients differ by"),
         ("an expert twice", "the experts of layer 1 cannot be divided over 2 ranks (its outputs differ by"),
     ],
 )
@@ -243,6 +274,9 @@ def disturbed(rank: int, what: str) -> tuple[str, pd.DataFrame]:
             return mixture(*args)
 
         path.mixture = failing  # type: ignore[method-assign]
+    gate = model.sites[1].router.weight  # type: ignore[union-attr]
+    if rank == 1 and what == "another routing":
+        gate.data = -gate.data
     engine = Engine(model, memory=2**30, micro_batch=64, identity_every=2)
     asked: dict[str, Any] = {"layers": model.description.moe_layers[:2], "interventions": [Intervention("zero")]}
     try:
@@ -252,6 +286,8 @@ def disturbed(rank: int, what: str) -> tuple[str, pd.DataFrame]:
         said = f"{type(error).__name__}: {error}"
     finally:
         model.experts[2].__dict__.pop("mixture", None)
+        if rank == 1 and what == "another routing":
+            gate.data = -gate.data
     return (f"{halvings} halvings" if what == "no memory" else said), measured(model, micro_batch=64 >> halvings)
 
 
@@ -269,6 +305,7 @@ def _kept(rank: int) -> MoEModel:
     [
         ("another plan", "ShardError: a sweep: rank 1 is about to", "ShardError: a sweep: rank 0 is about to"),
         ("another length", "ShardError: a sweep: rank 1 is about to", "ShardError: a sweep: rank 0 is about to"),
+        ("another routing", "ShardError: layer 1 mlp.experts, outputs: ", "ShardError: layer 1 mlp.experts, outputs: "),
         ("no memory", "1 halvings", "1 halvings"),
         ("an error", "ShardError: rank 1 failed", "ZeroDivisionError: of a test"),
     ],
