@@ -14,6 +14,7 @@ import copy
 import inspect
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from functools import partial
 from typing import Any, ClassVar
 
@@ -27,6 +28,7 @@ from audit.models.discovery import ModelError, is_experts
 from audit.models.seam import first_tensor, map_tensors, replaced, tensors_in
 from audit.models.shards.division import distance, tolerance
 from audit.models.shards.expert_slices import DividedExperts, note_shape
+from audit.models.shards.meeting import import_deepspeed, meet
 from audit.models.shards.shard import ModelShard
 from audit.models.shards.together import Together, over_processes
 from audit.models.sources import first_sentence
@@ -41,18 +43,20 @@ _Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class DeepSpeedTensorParallel(ModelShard):
-    """Needs torch's process group, of the ranks that hold the model together."""
+    """The ranks have met in torch's process group. ``timeout``: how long a rank waits for another one's words where
+    that group speaks for GPUs; None: as long as torch does by default.
+    """
 
     backend: ClassVar[str] = "deepspeed_tp"
     own_tasks: ClassVar[bool] = False
     resident: ClassVar[bool] = True
 
-    def __init__(self) -> None:
-        super().__init__(dist.get_rank(), dist.get_world_size())
-        self.control = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
-        self._together = over_processes(self.rank, self.ranks, self.control)
+    def __init__(self, rank: int, ranks: int, *, device: torch.device, timeout: timedelta | None = None) -> None:
+        super().__init__(rank, ranks)
+        self.control = meet(rank, ranks, device, timeout)
+        self._together = over_processes(rank, ranks, self.control)
         self._whole: dict[str, list[tuple[int, str]]] = {}  # part: the layers where it stays whole, and why
-        _start_deepspeed()
+        import_deepspeed(device)
 
     def notes(self) -> list[str]:
         return [
@@ -115,15 +119,6 @@ class DeepSpeedTensorParallel(ModelShard):
                 f"({first_sentence(error)}); use deepspeed_zero3"
             ) from error
         _put(layer, path, divided)
-
-
-def _start_deepspeed() -> None:
-    import deepspeed  # noqa: PLC0415 -- takes seconds, and other back ends do not need it
-
-    if torch.distributed.get_backend() == "gloo":
-        # Its sum through shared memory needs a compiler, ends processes that lack LOCAL_SIZE and leaves files behind.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), verbose=False)
 
 
 def _calls_of_parts(layer: nn.Module, output: Callable[[], Tensor]) -> dict[str, _Call]:

@@ -185,10 +185,12 @@ def index_checksum(index_NK: Tensor) -> int:
 
 def over_processes(rank: int, ranks: int, control: dist.ProcessGroup | None) -> Together:
     """The ranks of the process group that torch has. Words go over ``control``, a group of the same ranks for tensors
-    of the CPU; None: the process group is one.
+    of the CPU; None where there is one rank.
     """
 
     def exchange(mine: Words) -> list[Words]:
+        if ranks == 1:
+            return [mine]
         said = [torch.empty(len(mine), dtype=torch.long) for _ in range(ranks)]
         dist.all_gather(said, torch.tensor(mine), group=control)
         return [words.tolist() for words in said]

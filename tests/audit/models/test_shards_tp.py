@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.distributed as dist
 from families import Float64Throughout, build, config_of, texts
 from shard_ranks import Failed, Ranks
 from torch.nn import functional as F
@@ -50,7 +51,7 @@ def two() -> Iterator[Ranks]:
 def divided(rank: int, family: str, dtype: torch.dtype = torch.float32, **options: Any) -> MoEModel:
     """The family's random model, of which rank 0 has the weights."""
     module = build(family, dtype=dtype, **options) if rank == 0 else skeleton(config_of(family, **options), dtype=dtype)
-    shard = DeepSpeedTensorParallel()
+    shard = DeepSpeedTensorParallel(rank, dist.get_world_size(), device=torch.device("cpu"))
     return prepare(divide_module(module, shard, torch.device("cpu")), shard=shard, linear="torch")
 
 
