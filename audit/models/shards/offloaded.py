@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import warnings
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -126,9 +127,16 @@ def load_offloaded(
         found = outline(read_configuration(source, files=files, **options), source=source, dtype=dtype)
         experts = {site.experts for site in found.sites.values()}
         chosen |= {"device_map": _device_map(found.module, experts), "offload_folder": shard.folder}
-    module = load_module(
-        source, files=files, dtype=DTYPES[dtype], use_safetensors=None if allow_pickle else True, **chosen, **options
-    )
+    with warnings.catch_warnings():  # accelerate wants to be told of every buffer, and then calls it unknown
+        warnings.filterwarnings("ignore", "The following device_map keys do not match", UserWarning)
+        module = load_module(
+            source,
+            files=files,
+            dtype=DTYPES[dtype],
+            use_safetensors=None if allow_pickle else True,
+            **chosen,
+            **options,
+        )
     module = module.eval().requires_grad_(False)
     keep(module, shard, place)
     if inspect is not None:
