@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from cluster.driver.group import Place, Result
-from cluster.tasks import Task
+from cluster.tasks import Attempt, Task
 from cluster.worker import Output
 
 LAYERS = tuple(range(16))
@@ -45,9 +45,8 @@ class StubGroup:
     def ping(self) -> None:
         self._answer_with(None)
 
-    def submit(self, task: Task, attempt: int) -> None:
-        receipt = {"rows": {"effects": task.rows}, "bytes": 100 * task.rows, "method": "sweep", "micro_batch": 2048}
-        self._answer_with(Result(task.id, receipt, {}))
+    def submit(self, attempts: Sequence[Attempt]) -> None:
+        self._answer_with([_result(task) for task, _ in attempts])
 
     def answer(self) -> Any:
         return self.held
@@ -60,11 +59,17 @@ class StubGroup:
         self.ready.append(self)
 
 
+def _result(task: Task) -> Result:
+    receipt = {"rows": {"effects": task.rows}, "bytes": 100 * task.rows, "method": "sweep", "micro_batch": 2048}
+    return Result(task.id, receipt, {})
+
+
 @dataclass(slots=True)
 class StubFleet:
     """Room for ``groups`` of them."""
 
     groups: int
+    side_by_side: int = 1
     ready: list[StubGroup] = field(default_factory=list)
 
     def launch(self, name: str) -> StubGroup:
@@ -91,6 +96,9 @@ class NoWork:
     """A worker, for a group on Ray, whose tasks have neither work nor rows."""
 
     def __init__(self, place: Place) -> None:
+        pass
+
+    def serve(self) -> None:
         pass
 
     def run(self, task: Task, attempt: int) -> Output:

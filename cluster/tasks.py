@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -59,6 +59,13 @@ class Task:
             calibration=None if self.calibration is None else folders[self.calibration],
             metrics=None if self.metrics is None else folders[self.metrics],
         )
+
+
+class Attempt(NamedTuple):
+    """A task that is handed out for the ``number``-th time, from 1."""
+
+    task: Task
+    number: int
 
 
 def digest(tasks: Sequence[Task]) -> str:

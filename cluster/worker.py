@@ -40,6 +40,9 @@ class Output:
 
 
 class Worker(Protocol):
+    def serve(self) -> None:
+        """Take part in what the other ranks of a group do, each its own task, while this one has none."""
+
     def run(self, task: Task, attempt: int) -> Output:
         """Runs again with the same result to the last bit; leaves nothing behind that a second run would trip over."""
 

@@ -87,6 +87,7 @@ def show_plan(job: Job) -> None:
         f"about {_size(job.information['predicted']['bytes'])} of effects on disk",
         left=("stage",),
     )
+    say(f"back end {job.information['backend']}")
 
 
 def show_status(folder: RunFolder, run: Mapping[str, Any]) -> None:

@@ -28,6 +28,7 @@ from audit.engine.cost import (
     cost_of,
     gradient_rows_for,
     micro_batch_for,
+    shares,
     working_bytes,
 )
 from audit.engine.observe import observe
@@ -64,8 +65,8 @@ class Engine:
 
     ``memory`` (bytes) bounds weights, program and working memory together; ``micro_batch`` is derived from it
     unless given. ``method``: ``auto`` takes the sweep where the model allows it, ``oracle`` one whole forward per
-    effect. ``seed`` decides the draws of ``resample`` and of ``random`` targets. Raises ValueError where the budget
-    is too small.
+    effect. ``seed`` decides the draws of ``resample`` and of ``random`` targets. ``sizes``: where another process will
+    compute, with other weights on another device. Raises ValueError where the budget is too small.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Engine:
         identity_every: int = 8,
         seed: int = 0,
         method: str = "auto",
+        sizes: Sizes | None = None,
     ) -> None:
         if method not in ("auto", "sweep", "oracle"):
             raise ValueError(f"engine.method: {method!r} is unknown; known are auto, sweep, oracle")
@@ -89,7 +91,7 @@ class Engine:
             )
         self.model, self.memory, self.identity_every, self.seed = model, memory, identity_every, seed
         self.method = model.description.engine if method == "auto" else method
-        self.sizes = Sizes(model)
+        self.sizes = sizes or Sizes(model, model.shard.weight_bytes(model.layers, model.module))
         keep_freed_memory()
         self._working = working_bytes(self.sizes, memory)
         self._micro_batch = micro_batch
@@ -257,19 +259,9 @@ class Engine:
         attribution: bool,
     ) -> tuple[float, float, float]:
         """Bytes left beside a micro-batch, bytes per clean token, bytes per audited position."""
-        sizes = self.sizes
-        worlds = sum(worlds_per_row(i, sizes.top_k) for i in interventions) + 1.0 / self.identity_every
-        # In sequence scope worlds come and go; all clean layers stay until the sequence is done.
-        held = len(layers) if scope == "token" else 4
-        kept = 1 if scope == "token" else len(self.model.layers)
-        left = self._working - micro_batch * sizes.row_bytes(length)
-        clean = sizes.clean_bytes() * kept
-        audited = sizes.audited_bytes() + sizes.virtual_bytes() * worlds * held
-        if attribution:  # gradients come before the sweep and take its place; what stays of them is one row per layer
-            left -= sizes.gradient_row_bytes(length)
-            clean += sizes.gradient_bytes(min(layers))
-            audited += sizes.given_bytes(min(layers)) + len(layers) * sizes.hidden * sizes.element
-        return left, clean, audited
+        worlds = sum(worlds_per_row(i, self.sizes.top_k) for i in interventions) + 1.0 / self.identity_every
+        left = self._working - micro_batch * self.sizes.row_bytes(length)
+        return shares(self.sizes, left, length, layers, worlds, scope, attribution)
 
     # ---- one sweep --------------------------------------------------------------------------------------------------
 

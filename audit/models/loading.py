@@ -21,7 +21,8 @@ from audit.models.linear import LinearPath, OneDNNLinear, fastest_linear, onednn
 from audit.models.moe_model import MoEModel
 from audit.models.rows import Rows, clean_forward
 from audit.models.seam import record_calls, replaced, tensors_in
-from audit.models.shards.shard import ModelShard
+from audit.models.shards.backends import load_onto
+from audit.models.shards.shard import Inspect, ModelShard
 from audit.models.sources import (
     DTYPES,
     first_sentence,
@@ -43,13 +44,30 @@ def load_model(
     allow_pickle: bool = False,
     experts: str = "auto",
     linear: str = "auto",
+    shard: ModelShard | None = None,
+    inspect: Inspect | None = None,
 ) -> MoEModel:
     """Load a checkpoint from a folder, the hub, or the embedded one (``source="demo"``).
 
-    ``files``: the folder that the files of a ``source`` which is a URL were fetched to.
+    ``files``: the folder that the files of a ``source`` which is a URL were fetched to. ``shard``: how this process
+    holds the model; None: whole. Where ranks divide it, they call this together. ``inspect`` is called with the model
+    as it was read; on rank 0 alone, which reads it for all.
 
     Raises ModelError, one sentence, where the checkpoint cannot be read or is not a model that can be audited.
     """
+    if shard is not None and shard.backend != "single":
+        module, tokenizer = load_onto(
+            source,
+            shard,
+            files=files,
+            revision=revision,
+            dtype=dtype,
+            device=device,
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            inspect=inspect,
+        )
+        return prepare(module, tokenizer, source=source, experts=experts, linear=linear, shard=shard)
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype: {dtype!r} is unknown; known are {', '.join(DTYPES)}")
     place = resolve_device(device)
@@ -62,6 +80,8 @@ def load_model(
         attn_implementation="eager",
         **({"experts_implementation": implementation} if implementation else {}), **options,
     )  # fmt: skip
+    if inspect is not None:
+        inspect(module, decoder_layers(module), ModelShard())
     tokenizer = load_tokenizer(path, **options)
     return prepare(module.to(place), tokenizer, source=source, experts=experts, linear=linear)
 

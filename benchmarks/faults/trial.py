@@ -105,6 +105,9 @@ class TrialWorker:
     def __init__(self, trial: Trial, folder: str, place: Place) -> None:
         self._trial, self._rank, self._begun = trial, place.rank, 0
 
+    def serve(self) -> None:
+        pass
+
     def run(self, task: Task, attempt: int) -> Output:
         self._note("begun", task.id)
         self._begun += 1

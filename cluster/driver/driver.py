@@ -3,7 +3,7 @@
 All recovery is decided here, in one loop that reads like a program on one machine:
 
 - a task that raises is tried again, then quarantined with the error's text;
-- a lost group is replaced; the task it was running is blamed (see ``ledger``), one not ready blames nobody;
+- a lost group is replaced; the tasks it was running are blamed (see ``ledger``), one not ready blames nobody;
 - no answer within ``hang_seconds`` is a loss, waiting for resources is not;
 - too many losses in a row, or too many tasks given up, with nothing finished in between end the run.
 """
@@ -14,17 +14,18 @@ import math
 import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from audit.runfolder import RunFolder
 from cluster.display import Display, Status
 from cluster.driver.commits import Commits, Committer, ResultsLostError
-from cluster.driver.group import Fleet, Group, GroupLostError, GroupUnreachableError, Result, TaskError
+from cluster.driver.group import Fleet, Group, GroupLostError, GroupUnreachableError, TaskError
 from cluster.driver.ledger import Ledger
-from cluster.driver.losses import Loss, last_line
+from cluster.driver.losses import Fate, Loss, last_line
 from cluster.driver.meter import Meter
 from cluster.driver.pool import Pool, Question
 from cluster.driver.scaling import Scale, groups_wanted
-from cluster.tasks import Task
+from cluster.tasks import Attempt, Task
 
 _WAIT_SECONDS = 0.5  # how long the loop may sleep: the delay of a stop signal
 _COMMIT_SECONDS = 0.05  # and where only a commit is waited for
@@ -131,12 +132,13 @@ class Driver:
 
     def _hold_groups(self, stage: _Stage) -> None:
         """Ask for groups that tasks wait for, give back those that nothing waits for."""
-        pool, now, at_once = self._pool, self._clock(), stage.ledger.at_once
+        pool, now, side_by_side = self._pool, self._clock(), self._fleet.side_by_side
+        at_once = math.ceil(stage.ledger.at_once / side_by_side)
         wanted = groups_wanted(
             self._scale,
             group_seconds=stage.meter.group_seconds_left,
             elapsed=now - self._begun,
-            tasks=at_once + stage.later,
+            tasks=at_once + math.ceil(stage.later / side_by_side),
             held=pool.held,
         )
         if (most := self._writers_share()) is not None:
@@ -176,15 +178,22 @@ class Driver:
         node = group.node
         self._losses += 1
         group.kill()
-        quarantined = question.task is not None and stage.ledger.fail(question.task.id, reason, group_lost=True)
-        suspect = question.task is not None and stage.ledger.is_suspect(question.task.id)
-        loss = Loss(question, group.name, node, reason, self._policy.max_attempts, suspect, quarantined)
-        self._folder.append("losses.jsonl", loss.record())
+        fates: list[Fate] = []
+        for task, _ in question.attempts:
+            given_up = stage.ledger.fail(task.id, reason, group_lost=True)
+            fates.append("given up" if given_up else "suspect" if stage.ledger.is_suspect(task.id) else "again")
+        loss = Loss(question, group.name, node, reason, self._policy.max_attempts, tuple(fates))
+        self._write_down(loss)
         self._display.say(loss.paragraph())
-        if quarantined:
-            self._quarantine(question, reason, stage)
-        else:
+        for attempt, fate in zip(question.attempts, fates, strict=True):
+            if fate == "given up":
+                self._quarantine(attempt, reason, stage)
+        if "given up" not in fates:
             self._count_loss(f"{group.name} was lost: {reason}")
+
+    def _write_down(self, loss: Loss) -> None:
+        for record in loss.records():
+            self._folder.append("losses.jsonl", record)
 
     def _count_loss(self, what: str) -> None:
         self._losses_in_a_row += 1
@@ -196,65 +205,72 @@ class Driver:
     # Tasks -----------------------------------------------------------------------------------------------------------
 
     def _hand_out(self, stage: _Stage) -> None:
-        while self._pool.has_idle and (taken := stage.ledger.take()):
+        while self._pool.idle and (attempts := self._take(stage)):
             stage.meter.begin(self._clock())
-            self._pool.submit(*taken)
+            self._pool.submit(attempts)
+
+    def _take(self, stage: _Stage) -> list[Attempt]:
+        """What one idle group is to do next: its share of what waits, so that no other idle group goes without."""
+        share = math.ceil(stage.ledger.waiting / self._pool.idle)
+        taken: list[Attempt] = []
+        while len(taken) < min(share, self._fleet.side_by_side) and (attempt := stage.ledger.take()):
+            taken.append(attempt)
+        return taken
 
     def _settle(self, group: Group, question: Question, stage: _Stage) -> None:
         """Take the answer a group gave, whatever it is."""
-        task = question.task
         try:
             answer = group.answer()
         except GroupLostError as error:
             self._lose(group, question, str(error), stage)
         except GroupUnreachableError as error:
-            if task is not None:
+            for task, _ in reversed(question.attempts):
                 stage.ledger.put_back(task.id)
             self._display.say(f"{group.name} could not be reached and is asked again: {error}")
             self._count_loss(f"{group.name} could not be reached: {error}")
             (self._pool.load if question.kind == "load" else self._pool.ping)(group)
         except TaskError as error:
-            if task is None:
-                loss = Loss(question, group.name, group.node, str(error), self._policy.max_attempts)
-                self._folder.append("losses.jsonl", loss.record())
-                group.kill()
-                raise RunError(f"a group could not be made ready: {last_line(str(error))}") from None
-            self._fail(question, str(error), stage)
-            if error.recycle:
-                group.kill()
-            else:
-                self._pool.rest(group)
+            self._write_down(Loss(question, group.name, group.node, str(error), self._policy.max_attempts))
+            group.kill()
+            raise RunError(f"a group could not be made ready: {last_line(str(error))}") from None
         else:
             self._go_on(group, question, answer, stage)
 
-    def _go_on(self, group: Group, question: Question, answer: object, stage: _Stage) -> None:
+    def _go_on(self, group: Group, question: Question, answer: Any, stage: _Stage) -> None:
         if question.kind == "place":
             self._pool.load(group)
             return
-        if question.task is not None:
-            assert isinstance(answer, Result)
-            self._losses_in_a_row = 0
+        recycle = False
+        if question.attempts:
             now = self._clock()
-            stage.meter.answered(now, now - question.since)
-            stage.ledger.answer(question.task.id)
-            self._commits.add(answer)
-        self._pool.rest(group)
+            for attempt, found in zip(question.attempts, answer, strict=True):
+                if isinstance(found, TaskError):
+                    recycle |= found.recycle
+                    self._fail(attempt, str(found), stage)
+                else:
+                    self._losses_in_a_row = 0
+                    stage.ledger.answer(attempt.task.id)
+                    self._commits.add(found)
+            if not all(isinstance(found, TaskError) for found in answer):
+                stage.meter.answered(now, now - question.since)
+        if recycle:
+            group.kill()
+        else:
+            self._pool.rest(group)
 
-    def _fail(self, question: Question, error: str, stage: _Stage) -> None:
+    def _fail(self, attempt: Attempt, error: str, stage: _Stage) -> None:
         """The task itself raised."""
-        assert question.task is not None
-        if stage.ledger.fail(question.task.id, error, group_lost=False):
-            attempts = self._policy.max_attempts
-            self._display.say(f"{question.task.id} is quarantined after {attempts} attempts: {last_line(error)}")
-            self._quarantine(question, error, stage)
+        id_, most = attempt.task.id, self._policy.max_attempts
+        if stage.ledger.fail(id_, error, group_lost=False):
+            self._display.say(f"{id_} is quarantined after {most} attempts: {last_line(error)}")
+            self._quarantine(attempt, error, stage)
             return
-        attempt = f"attempt {question.attempt} of {self._policy.max_attempts}"
-        self._display.say(f"{question.task.id} raised an error ({attempt}) and runs again: {last_line(error)}")
+        which = f"attempt {attempt.number} of {most}"
+        self._display.say(f"{id_} raised an error ({which}) and runs again: {last_line(error)}")
 
-    def _quarantine(self, question: Question, error: str, stage: _Stage) -> None:
-        assert question.task is not None
+    def _quarantine(self, attempt: Attempt, error: str, stage: _Stage) -> None:
         self._losses_in_a_row = 0  # it was the task
-        id_, attempts, ledger = question.task.id, self._policy.max_attempts, stage.ledger
+        id_, attempts, ledger = attempt.task.id, self._policy.max_attempts, stage.ledger
         record = {"task": id_, "time": time.time(), "attempts": attempts, "error": error}
         self._folder.append("quarantine.jsonl", record)
         if len(ledger.quarantined) >= self._policy.hopeless and not ledger.finished:

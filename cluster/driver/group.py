@@ -6,11 +6,11 @@ implements a :class:`Fleet` sorts every failure into one of the three classes be
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from cluster.tasks import Task
+from cluster.tasks import Attempt
 
 Handle = Any  # of a table that stays where it was made
 
@@ -33,11 +33,20 @@ class GroupUnreachableError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """What a group is made of: its ranks, and the CPUs and GPUs of each."""
+    """What a group is made of: its ranks, and the CPUs and GPUs of each.
+
+    ``own_tasks``: each rank runs a task of its own, so that a group takes several; else all run the same one.
+    """
 
     ranks: int = 1
     cpus: int = 1
     gpus: float = 0
+    own_tasks: bool = False
+
+    @property
+    def side_by_side(self) -> int:
+        """Tasks that a group runs at one time."""
+        return self.ranks if self.own_tasks else 1
 
     def __str__(self) -> str:
         each = f"{self.cpus:g} {'CPU' if self.cpus == 1 else 'CPUs'}"
@@ -82,11 +91,13 @@ class Group(Protocol):
     def ping(self) -> None:
         """Ask whether it still answers; the answer has no meaning."""
 
-    def submit(self, task: Task, attempt: int) -> None:
-        """Ask it to run a task; the answer is a :class:`Result`."""
+    def submit(self, attempts: Sequence[Attempt]) -> None:
+        """Ask it to run tasks side by side, as many as it can; the answer is a :class:`Result` or a
+        :class:`TaskError` of each.
+        """
 
     def answer(self) -> Any:
-        """What the last question was answered by; raises one of the three errors above."""
+        """What the last question was answered by; raises one of the three errors above, of tasks only the last two."""
 
     def kill(self) -> None:
         """End it at once, also if it hangs, and give back what it held; nothing is heard of it afterwards."""
@@ -94,6 +105,10 @@ class Group(Protocol):
 
 class Fleet(Protocol):
     """Where groups come from."""
+
+    @property
+    def side_by_side(self) -> int:
+        """Tasks that one group runs at one time."""
 
     def launch(self, name: str) -> Group:
         """Ask for a group. Its first answer, without meaning, comes when its processes have the resources they need."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Container, Iterable, Sequence
 
-from cluster.tasks import Task
+from cluster.tasks import Attempt, Task
 
 
 class Ledger:
@@ -80,8 +80,8 @@ class Ledger:
 
     # Moves -----------------------------------------------------------------------------------------------------------
 
-    def take(self) -> tuple[Task, int] | None:
-        """The next task to run and the number of this attempt (from 1); None while there is nothing to hand out."""
+    def take(self) -> Attempt | None:
+        """The next task to run; None while there is nothing to hand out."""
         if self._waiting:
             id_ = self._waiting.popleft()
         elif self._suspects and not self._running:
@@ -89,7 +89,7 @@ class Ledger:
         else:
             return None
         self._running.add(id_)
-        return self.tasks[id_], self._attempts.get(id_, 0) + 1
+        return Attempt(self.tasks[id_], self._attempts.get(id_, 0) + 1)
 
     def answer(self, id_: str) -> None:
         """The running task has a result, not yet committed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from cluster.driver.pool import Question
 
@@ -13,48 +13,51 @@ _DOING = {
     "load": "while it loaded the model",
     "ping": "while it was asked whether it still answers",
 }
+Fate = Literal["again", "suspect", "given up"]
+_THEN: dict[Fate, str] = {
+    "again": "{} runs again on another group.",
+    "suspect": "{} was running at several losses, so it runs again after all others and alone.",
+    "given up": "{} is given up, quarantine.jsonl has the error, and the other tasks go on.",
+}
 
 
 @dataclass(frozen=True, slots=True)
 class Loss:
-    """``reason``: in plain words. ``suspect``: its task was running at several losses. ``quarantined``: given up."""
+    """``reason``: in plain words. ``fates``: of each task that was running; a suspect was running at several losses."""
 
     question: Question
     group: str
     node: str
     reason: str
     max_attempts: int
-    suspect: bool = False
-    quarantined: bool = False
+    fates: tuple[Fate, ...] = ()
 
     def paragraph(self) -> str:
         where = f"{self.group} on node {self.node}" if self.node else self.group
-        task = self.question.task
-        if task is None:
+        attempts = self.question.attempts
+        if not attempts:
             then = "No task is blamed, and another group takes its place where one is needed."
             return f"{where} was lost {_DOING[self.question.kind]}: {self.reason}. {then} What is committed stays."
-        attempt = f"attempt {self.question.attempt} of {self.max_attempts}"
-        if self.quarantined:
-            then = f"{task.id} is given up, quarantine.jsonl has the error, and the other tasks go on."
-        elif self.suspect:
-            then = f"{task.id} was running at several losses, so it runs again after all others and alone."
-        else:
-            then = f"{task.id} runs again on another group."
-        return f"{where} was lost while it ran {task.id} ({attempt}): {self.reason}. {then} What is committed stays."
+        ran = " and ".join(f"{task.id} (attempt {number} of {self.max_attempts})" for task, number in attempts)
+        then = " ".join(_THEN[fate].format(task.id) for (task, _), fate in zip(attempts, self.fates, strict=True))
+        return f"{where} was lost while it ran {ran}: {self.reason}. {then} What is committed stays."
 
-    def record(self) -> dict[str, Any]:
-        """The line of losses.jsonl."""
-        task = self.question.task
-        return {
-            "time": time.time(),
-            "group": self.group,
-            "node": self.node,
-            "doing": self.question.kind,
-            "task": None if task is None else task.id,
-            "attempt": self.question.attempt,
-            "quarantined": self.quarantined,
-            "reason": self.reason,
-        }
+    def records(self) -> list[dict[str, Any]]:
+        """The lines of losses.jsonl: one per task, and one where there was none."""
+        common = {"time": time.time(), "group": self.group, "node": self.node, "doing": self.question.kind}
+        if not self.question.attempts:
+            nobody = {"task": None, "attempt": 0, "quarantined": False}
+            return [{**common, **nobody, "reason": self.reason}]
+        return [
+            {
+                **common,
+                "task": task.id,
+                "attempt": number,
+                "quarantined": fate == "given up",
+                "reason": self.reason,
+            }
+            for (task, number), fate in zip(self.question.attempts, self.fates, strict=True)
+        ]
 
 
 def last_line(error: str) -> str:

@@ -4,22 +4,21 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from cluster.driver.group import Fleet, Group
-from cluster.tasks import Task
+from cluster.tasks import Attempt
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """What a group was asked, when, and of a task which attempt it is."""
+    """What a group was asked, and when."""
 
-    kind: Literal["place", "load", "ping", "task"]
+    kind: Literal["place", "load", "ping", "tasks"]
     since: float
-    task: Task | None = None
-    attempt: int = 0
+    attempts: tuple[Attempt, ...] = ()
 
 
 class Pool:
@@ -72,19 +71,19 @@ class Pool:
         self._asked[group] = Question("ping", self._clock())
         group.ping()
 
-    def submit(self, task: Task, attempt: int) -> None:
-        """Hand a task to an idle group."""
+    def submit(self, attempts: Sequence[Attempt]) -> None:
+        """Hand tasks to an idle group."""
         group, _ = self._idle.popitem()  # the one that was idle for the shortest: others can be given back
-        self._asked[group] = Question("task", self._clock(), task, attempt)
-        group.submit(task, attempt)
+        self._asked[group] = Question("tasks", self._clock(), tuple(attempts))
+        group.submit(attempts)
 
     def rest(self, group: Group) -> None:
         """The group has nothing to do."""
         self._idle[group] = self._clock()
 
     @property
-    def has_idle(self) -> bool:
-        return bool(self._idle)
+    def idle(self) -> int:
+        return len(self._idle)
 
     def answered(self, seconds: float) -> Iterator[tuple[Group, Question]]:
         """Groups that have an answer to their question, after at most so many seconds; then they belong nowhere."""

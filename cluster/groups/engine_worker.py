@@ -6,6 +6,7 @@ import io
 import time
 import uuid
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -14,9 +15,12 @@ import torch
 from audit.calibration import Calibration
 from audit.config import AuditConfig, ConfigError
 from audit.engine import Engine
+from audit.engine.cost import Sizes
 from audit.engine.validate import load
 from audit.models import MoEModel
-from audit.models.expert_slices import slice_experts
+from audit.models.shards.backends import open_shard
+from audit.models.shards.shard import Inspect, ModelShard
+from audit.models.sources import resolve_device
 from audit.models.weights import weight_metrics
 from audit.observations.reservoir import SIZE
 from audit.pruning import prune_table
@@ -30,51 +34,58 @@ from cluster.tasks import Task
 from cluster.worker import Output
 
 
-def load_engine(
-    config: AuditConfig, resolved: Mapping[str, Any] | None = None, checkpoint: Checkpoint | None = None
-) -> tuple[MoEModel, Engine]:
-    """The model and engine of a specification, with ``resolved`` in place of its ``auto`` where that is given.
+def load_audited(
+    config: AuditConfig,
+    resolved: Mapping[str, Any],
+    checkpoint: Checkpoint | None = None,
+    shard: ModelShard | None = None,
+    inspect: Inspect | None = None,
+) -> MoEModel:
+    """The model of a specification, with ``resolved`` in place of its ``auto``, as ``shard`` holds it (None: whole).
 
     ``checkpoint``: what lies behind a ``model.source`` that is a URL; this machine's copy of it is loaded. Weights come
-    from the checkpoint's files, memory-mapped, so that the processes of a node share them.
+    from the checkpoint's files, memory-mapped, so that the processes of a node share them. ``inspect`` is called with
+    the whole model before it is divided.
     """
     torch.set_num_threads(config.engine.threads)
-    chosen = resolved or {
-        "experts": config.engine.experts,
-        "linear": config.engine.linear,
-        "method": config.engine.method,
-        "device": config.model.device,
-    }
-    model = load(
+    return load(
         config.model.location(config.folder),
         files=None if checkpoint is None else str(fetch(checkpoint)),
         revision=config.model.revision,
         dtype=config.model.dtype,
-        device=chosen["device"],
+        device=resolved["device"],
         trust_remote_code=config.model.trust_remote_code,
         allow_pickle=config.model.allow_pickle,
-        experts=chosen["experts"],
-        linear=chosen["linear"],
+        experts=resolved["experts"],
+        linear=resolved["linear"],
+        shard=shard,
+        inspect=inspect,
     )
+
+
+def make_engine(
+    config: AuditConfig, resolved: Mapping[str, Any], model: MoEModel, sizes: Sizes | None = None
+) -> Engine:
+    """The engine of a specification. ``sizes``: where other processes will compute. Raises ConfigError."""
     try:
-        engine = Engine(
+        return Engine(
             model,
             memory=int(config.engine.memory),
             micro_batch=config.engine.micro_batch,
             identity_every=config.engine.identity_every,
             seed=config.seed,
-            method=chosen["method"],
+            method=resolved["method"],
+            sizes=sizes,
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return model, engine
 
 
 class EngineWorker:
     """Runs tasks of one specification; ``folder`` is the run folder's URL, ``domains`` those of the whole corpus.
 
     ``weights``: the digest of those that the run was begun with. ``place``: where this process stands among those that
-    hold the model together. Raises ModelError where other weights were loaded or experts cannot be divided.
+    hold the model together. Raises ModelError where other weights were loaded or the model cannot be divided.
     """
 
     def __init__(
@@ -87,27 +98,42 @@ class EngineWorker:
         folder: str,
         place: Place = Place(),  # noqa: B008 -- it cannot be changed
     ) -> None:
-        self._config, self._domains, self._folder, self._place = config, domains, folder, place
+        self._config, self._domains, self._folder = config, domains, folder
         self._storage = Storage(folder)
-        model, self._engine = load_engine(config, resolved, checkpoint)
-        require_weights(model.module, weights, config.model.source)
-        if place.ranks > 1:
-            slice_experts(model, place.rank, place.ranks)
+        shard = open_shard(
+            resolved["backend"],
+            resolve_device(resolved["device"]),
+            rank=place.rank,
+            ranks=place.ranks,
+            offload=resolved["offload"],
+            folder=config.model.offload_folder,
+            seconds=config.cluster.hang_minutes * 60,
+        )
+        # Where ranks share one task, the others have what the first one has.
+        self._answers = shard.own_tasks or place.rank == 0
+        inspect = partial(require_weights, weights, config.model.source)
+        model = load_audited(config, resolved, checkpoint, shard, inspect)
+        self._engine = make_engine(config, resolved, model)
         self._calibration: tuple[str, Calibration] | None = None
         draws = any(intervention.kind == "resample" for intervention in config.build_interventions())
         self._stored_outputs = SIZE if draws else None
 
+    def serve(self) -> None:
+        with self._engine.model.shard.task():
+            pass
+
     def run(self, task: Task, attempt: int) -> Output:
         start = time.monotonic()
-        match task.kind:
-            case "measure":
-                output = self._measure(task)
-            case "prune":
-                output = self._prune(task)
-            case "release":
-                output = self._release(task, attempt)
-            case _:
-                output = self._save(task, attempt)
+        with self._engine.model.shard.task():
+            match task.kind:
+                case "measure":
+                    output = self._measure(task)
+                case "prune":
+                    output = self._prune(task)
+                case "release":
+                    output = self._release(task, attempt)
+                case _:
+                    output = self._save(task, attempt)
         return Output({**output.receipt, "seconds": round(time.monotonic() - start, 3)}, output.tables)
 
     def _measure(self, task: Task) -> Output:
@@ -155,7 +181,7 @@ class EngineWorker:
                 task.sequences, domains=self._domains, stored_outputs=self._stored_outputs
             )
         name = self._new_folder(task, attempt)
-        if self._place.rank == 0:  # the others have the same
+        if self._answers:
             calibration.save(f"{self._folder}/{name}")
         if task.kind != "merge":
             return Output({"folder": name})
@@ -167,7 +193,7 @@ class EngineWorker:
         return f"observations/{task.id}-{attempt}-{uuid.uuid4().hex[:8]}"
 
     def _write(self, table: pd.DataFrame, name: str) -> str:
-        if self._place.rank == 0:
+        if self._answers:
             sink = io.BytesIO()
             table.to_parquet(sink, index=False)
             self._storage.write(name, sink.getvalue())

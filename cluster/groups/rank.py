@@ -53,6 +53,11 @@ class Rank:
         }
         return receipt, *(output.tables.get(name) for name in TABLES)
 
+    def serve(self) -> None:
+        """Take part in the tasks of the other ranks, without one of its own."""
+        assert self._worker is not None
+        self._worker.serve()
+
     def follow(self, task: Task, attempt: int) -> dict[str, int]:
         """Take part in the task that rank 0 answers for; returns the rows that this rank would have written."""
         return _rows(self._output(task, attempt))

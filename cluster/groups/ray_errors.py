@@ -28,6 +28,18 @@ _MEANING = (
 )
 
 
+def sort_own_errors(errors: Mapping[int, BaseException], ranks: int) -> dict[int, TaskError]:
+    """By rank what its task raised, where every rank runs its own; raises where something is wrong with the group."""
+    own = {r: e for r, e in errors.items() if isinstance(e, RayTaskError) and not is_communication(e)}
+    if len(own) < len(errors):  # a rank is gone, and others may say that they lost the way to it
+        raise sort_errors({rank: error for rank, error in errors.items() if rank not in own}, ranks)
+    found = {rank: sort_errors({rank: error}, 1) for rank, error in own.items()}
+    for error in found.values():
+        if not isinstance(error, TaskError):
+            raise error
+    return {rank: error for rank, error in found.items() if isinstance(error, TaskError)}
+
+
 def sort_errors(errors: Mapping[int, BaseException], ranks: int) -> Exception:
     """What errors of a group's ranks mean for the driver: one of the three errors of :mod:`cluster.driver.group`, or
     a StorageError, which is nobody's fault and ends the run.
@@ -42,7 +54,7 @@ def sort_errors(errors: Mapping[int, BaseException], ranks: int) -> Exception:
             who = "" if ranks == 1 else f"rank {rank}: "
             return GroupLostError(f"{who}{in_plain_words(error)}")
     raised = {rank: error for rank, error in errors.items() if isinstance(error, RayTaskError)}
-    own = {rank: error for rank, error in raised.items() if ranks == 1 or not _is_communication(error)}
+    own = {rank: error for rank, error in raised.items() if ranks == 1 or not is_communication(error)}
     if not own:
         rank, error = next(iter(raised.items()))
         return GroupLostError(f"rank {rank} lost the way to the others ({_last_line(error)})")
@@ -85,7 +97,8 @@ def _detail(text: str) -> str:
     return re.split(r" (?:Some common causes|There are some potential)", line)[0].rstrip(".")
 
 
-def _is_communication(error: RayTaskError) -> bool:
+def is_communication(error: RayTaskError) -> bool:
+    """Whether a rank raised because another one went away."""
     names = {cls.__name__ for cls in type(error.cause).__mro__}
     return "DistError" in names or (
         isinstance(error.cause, RuntimeError) and bool(_COMMUNICATION.search(str(error.cause)))

@@ -12,14 +12,15 @@ from typing import Any
 
 import ray
 import ray.cloudpickle
+from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from cluster.driver.group import Group, Handle, Place, Result, Shape, TaskError
+from cluster.driver.group import Group, GroupLostError, Handle, Place, Result, Shape, TaskError
 from cluster.groups import resources
 from cluster.groups.rank import Rank
-from cluster.groups.ray_errors import sort_errors
-from cluster.tasks import Task
+from cluster.groups.ray_errors import is_communication, sort_errors, sort_own_errors
+from cluster.tasks import Attempt
 from cluster.worker import TABLES, Worker
 
 # When one rank has failed: how long the others may take to show why. A node's death is seen after about two seconds.
@@ -47,7 +48,7 @@ class RayGroup:
         self._fleet = fleet
         self._place = resources.bundles(fleet.shape, name)
         self._ranks: list[Any] = []
-        self._tables: tuple[str, dict[str, Handle]] | None = None
+        self._running: list[tuple[str, dict[str, Handle]]] = []  # of each task that was asked for: its id, its tables
         self.question: _Question | None = None
         self._ask([self._place.ready()])
 
@@ -81,27 +82,37 @@ class RayGroup:
     def ping(self) -> None:
         self._ask([rank.ping.remote() for rank in self._ranks])
 
-    def submit(self, task: Task, attempt: int) -> None:
-        first, *others = self._ranks
-        receipt, *tables = first.run.options(num_returns=1 + len(TABLES), name=task.id).remote(task, attempt)
-        self._tables = task.id, dict(zip(TABLES, tables, strict=True))
-        self._ask([receipt, *(rank.follow.options(name=task.id).remote(task, attempt) for rank in others)])
+    def submit(self, attempts: Sequence[Attempt]) -> None:
+        refs = []
+        for rank, (task, number) in zip(self._ranks, attempts, strict=False):
+            receipt, *tables = rank.run.options(num_returns=1 + len(TABLES), name=task.id).remote(task, number)
+            self._running.append((task.id, dict(zip(TABLES, tables, strict=True))))
+            refs.append(receipt)
+        others = self._ranks[len(attempts) :]
+        if self._fleet.shape.own_tasks:
+            refs += [rank.serve.remote() for rank in others]
+        else:
+            refs += [rank.follow.options(name=attempts[0].task.id).remote(*attempts[0]) for rank in others]
+        self._ask(refs)
 
     def answer(self) -> Any:
         assert self.question is not None
-        answers, tables = self.question.answers, self._tables
-        self.question, self._tables = None, None
+        answers, running = self.question.answers, self._running
+        self.question, self._running = None, []
         errors = {rank: error for rank, a in enumerate(answers) if a.done() and (error := a.exception()) is not None}
-        if errors:
-            raise sort_errors(errors, len(self._ranks))
-        if tables is None:
-            return None
-        task, handles = tables
-        receipt, *others = (answer.result() for answer in answers)
-        for rank, rows in enumerate(others, 1):
-            if rows != receipt["rows"]:
-                raise TaskError(f"rank {rank} made other rows, {rows}, than rank 0, {receipt['rows']}", recycle=True)
-        return Result(task, receipt, {name: ref for name, ref in handles.items() if receipt["rows"].get(name)})
+        if running and self._fleet.shape.own_tasks:
+            raised = sort_own_errors(errors, len(self._ranks))
+            if stranger := next((rank for rank in raised if rank >= len(running)), None):
+                raise GroupLostError(f"rank {stranger} failed while it served the others: {raised[stranger]}")
+            return [raised.get(i) or _result(*one, answers[i].result()) for i, one in enumerate(running)]
+        error = sort_errors(errors, len(self._ranks)) if errors else None
+        if running and error is None:
+            error = _disagreement([answer.result() for answer in answers])
+        if isinstance(error, TaskError) and running:
+            return [error]
+        if error is not None:
+            raise error
+        return [_result(*running[0], answers[0].result())] if running else None
 
     def kill(self) -> None:
         self.question = None
@@ -116,6 +127,19 @@ class RayGroup:
             answer.add_done_callback(lambda answer: self._fleet.told.put((question, answer)))
 
 
+def _result(task: str, tables: dict[str, Handle], receipt: dict[str, Any]) -> Result:
+    return Result(task, receipt, {name: ref for name, ref in tables.items() if receipt["rows"].get(name)})
+
+
+def _disagreement(answers: Sequence[Any]) -> TaskError | None:
+    """What is wrong where ranks that ran the same task made other rows than the first."""
+    receipt, *others = answers
+    for rank, rows in enumerate(others, 1):
+        if rows != receipt["rows"]:
+            return TaskError(f"rank {rank} made other rows, {rows}, than rank 0, {receipt['rows']}", recycle=True)
+    return None
+
+
 class RayFleet:
     """Groups on the connected Ray cluster. Answers come to ``told``, from a thread of Ray's, as they arrive."""
 
@@ -128,6 +152,10 @@ class RayFleet:
         self._addresses: dict[str, str] = {}
         self._grows = resources.can_grow()
         self._counted = float("-inf"), 0
+
+    @property
+    def side_by_side(self) -> int:
+        return self.shape.side_by_side
 
     def launch(self, name: str) -> Group:
         return RayGroup(name, self)
@@ -160,7 +188,7 @@ class RayFleet:
         if question.group.question is not question or question.left == 0:
             return None  # it was ended, or given up already
         question.left -= 1
-        if answer.exception() is not None and not question.failed:
+        if self._is_everybodys(answer.exception()) and not question.failed:
             question.failed = True
             self._failing.append((time.monotonic() + _GRACE_SECONDS, question))
         if question.left:
@@ -169,6 +197,12 @@ class RayFleet:
             question.then([answer.result() for answer in question.answers])
             return None
         return question.group
+
+    def _is_everybodys(self, error: BaseException | None) -> bool:
+        """Whether the others of the group may wait for a rank that failed like this."""
+        if self.shape.own_tasks and isinstance(error, RayTaskError):
+            return is_communication(error)
+        return error is not None
 
     def capacity(self) -> int | None:
         if self._grows:

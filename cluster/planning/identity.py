@@ -10,10 +10,11 @@ import subprocess
 from pathlib import Path
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import audit
 from audit.models import ModelError
+from audit.models.shards.shard import ModelShard
 
 # Another version of one of these may compute other bits.
 BINDING = ("torch", "transformers")
@@ -22,18 +23,25 @@ RECORDED = ("numpy", "pyarrow", "ray", "tokenizers")
 SUBMITTED = "submitted.json"
 
 
-def weights_digest(module: nn.Module) -> str:
+def weights_digest(module: nn.Module, layers: nn.ModuleList, shard: ModelShard) -> str:
     """SHA-256 over names, types, shapes and values of all parameters and buffers, as they are computed with."""
+    prefix = next(name for name, child in module.named_modules() if child is layers) + "."
+    lines = [_line(name, tensor) for name, tensor in module.state_dict().items() if not name.startswith(prefix)]
+    for number, layer in enumerate(layers):
+        with shard.visit(number):
+            lines += [_line(name, tensor) for name, tensor in layer.state_dict(prefix=f"{prefix}{number}.").items()]
+    return hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest()
+
+
+def _line(name: str, tensor: Tensor) -> str:
     state = hashlib.sha256()
-    for name, tensor in sorted(module.state_dict().items()):
-        state.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return state.hexdigest()
+    state.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return f"{name} {tensor.dtype} {tuple(tensor.shape)} {state.hexdigest()}"
 
 
-def require_weights(module: nn.Module, digest: str, source: str) -> None:
+def require_weights(digest: str, source: str, module: nn.Module, layers: nn.ModuleList, shard: ModelShard) -> None:
     """Raise ModelError where a model's weights are not those of ``digest``."""
-    found = weights_digest(module)
+    found = weights_digest(module, layers, shard)
     if found != digest:
         raise ModelError(
             f"model.source: the weights of {source} on {platform.node()} have SHA-256 {found[:12]}..., those of the "

@@ -12,13 +12,18 @@ import transformers
 
 from audit.config import AuditConfig, ConfigError, check_against
 from audit.corpus import build_corpus
-from audit.models.expert_slices import require_enough
+from audit.engine.cost import Sizes
+from audit.models.memory import weights_of
+from audit.models.outline import outline, read_configuration
+from audit.models.shards.backends import has_own_tasks, is_divided, open_shard
+from audit.models.shards.choose import Choice, choose, machine_of
+from audit.models.sources import resolve_device
 from audit.storage import is_url
 from cluster.driver.driver import Policy
 from cluster.driver.group import Shape
 from cluster.driver.scaling import Scale
-from cluster.groups.checkpoint_cache import find
-from cluster.groups.engine_worker import EngineWorker, load_engine
+from cluster.groups.checkpoint_cache import Checkpoint, fetch, find
+from cluster.groups.engine_worker import EngineWorker, load_audited, make_engine
 from cluster.planning.identity import BINDING, environment, versions, weights_digest
 from cluster.planning.planner import Planner
 from cluster.run import Job, identity_of
@@ -34,16 +39,26 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
     transformers.utils.logging.disable_progress_bar()
     location = config.model.location(config.folder)
     checkpoint = find(location, allow_pickle=config.model.allow_pickle) if is_url(location) else None
-    model, engine = load_engine(config, resolved, checkpoint)
+    asked = dict(resolved or _asked(config))
+    device = resolve_device(asked["device"])
+    choice = _choose(config, asked, checkpoint, device)
+    divided = is_divided(choice.backend)
+    # Where ranks will divide it, the model is planned with on the CPU: one rank's host must hold it anyway.
+    folder = config.model.offload_folder
+    shard = None if divided else open_shard(choice.backend, device, offload=choice.offload, folder=folder)
+    model = load_audited(config, asked | {"device": "cpu" if divided else str(device)}, checkpoint, shard)
+    sizes = Sizes(model, choice.share.device, device.type) if divided else None
+    engine = make_engine(config, asked, model, sizes)
     resolved = {
         "method": engine.method,
         "experts": model.experts_path,
         "linear": model.linear_path,
-        "device": str(model.device),
+        "device": str(device),
+        "backend": choice.backend,
+        "offload": choice.offload,
         "micro_batch": engine.micro_batch(config.corpus.max_tokens),
     }
     check_against(config, model.description)
-    require_enough(model, config.cluster.ranks)
     if model.reroute_refused and (number := _first_of_kind(config, "reroute")) is not None:
         raise ConfigError(f"interventions.{number}: reroute is refused for this model, {model.reroute_refused}")
     corpus = build_corpus(config.corpus, model.tokenizer, model.description.context_limit, config.folder)
@@ -53,6 +68,7 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
         "specification": config.resolved(),
         "environment": environment(),
         "model": asdict(model.description),
+        "backend": choice.reason,
         "checkpoint": None if checkpoint is None else checkpoint.record(),
         "corpus": {"counts": corpus.counts, "summary": corpus.summary(), "domains": corpus.domains},
         "seeds": {"split": config.seed, "positions": config.seed, "engine": config.seed},
@@ -62,7 +78,7 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
         ],
         "predicted": {"bytes": planner.bytes, "group_seconds": planner.seconds(stages)},
     }
-    weights = weights_digest(model.module)
+    weights = weights_digest(model.module, model.layers, model.shard)
     identity = {
         "specification": identity_of(config.resolved()),
         "model": {"weights": weights},
@@ -71,20 +87,59 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
         "resolved": resolved,
         "plan": {stage: digest(tasks) for stage, tasks in stages},
     }
-    on_gpu = model.device.type == "cuda"
+    on_gpu = device.type == "cuda"
     return Job(
         stages=stages,
         identity=identity,
         information=information,
         make_worker=partial(EngineWorker, config, resolved, tuple(corpus.domains), weights, checkpoint),
         scale=_scale(config, on_gpu, planner.flops_per_second),
-        shape=Shape(ranks=config.cluster.ranks, cpus=config.engine.threads, gpus=1 if on_gpu else 0),
+        shape=Shape(
+            ranks=config.cluster.ranks,
+            cpus=config.engine.threads,
+            gpus=1 if on_gpu else 0,
+            own_tasks=has_own_tasks(choice.backend),
+        ),
         policy=Policy(
             max_attempts=config.cluster.max_attempts,
             hang_seconds=config.cluster.hang_minutes * 60,
             commit_results=config.cluster.commit_results,
             commit_bytes=int(config.cluster.commit_bytes),
         ),
+    )
+
+
+def _asked(config: AuditConfig) -> dict[str, Any]:
+    """What the specification says of choices that are made once for a run."""
+    engine, model = config.engine, config.model
+    return {
+        "method": engine.method,
+        "experts": engine.experts,
+        "linear": engine.linear,
+        "device": model.device,
+        "backend": model.backend,
+        "offload": model.offload,
+    }
+
+
+def _choose(
+    config: AuditConfig, asked: Mapping[str, Any], checkpoint: Checkpoint | None, device: torch.device
+) -> Choice:
+    """The back end, before any weights are read."""
+    model = config.model
+    source = model.location(config.folder)
+    files = None if checkpoint is None else str(fetch(checkpoint))
+    trust = model.trust_remote_code
+    configuration = read_configuration(source, files=files, revision=model.revision, trust_remote_code=trust)
+    found = outline(configuration, source=source, dtype=model.dtype, trust_remote_code=trust)
+    ranks = config.cluster.ranks
+    return choose(
+        weights_of(found.module, found.layers, found.sites),
+        machine_of(device, ranks),
+        backend=asked["backend"],
+        ranks=ranks,
+        offload=asked["offload"],
+        folder=model.offload_folder,
     )
 
 

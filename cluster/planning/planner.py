@@ -57,7 +57,7 @@ class Planner:
             self._audited, where.sample, config.seed, where.include_first, where.include_special
         )
         self._layers = audited_layers(config, engine.model.description)
-        device = engine.model.device.type
+        device = engine.sizes.device
         self.flops_per_second = NOMINAL_FLOPS.get(device, NOMINAL_FLOPS["cpu"]) * (
             config.engine.threads if device == "cpu" else 1
         )

@@ -28,9 +28,9 @@ class FakeEngine:
     def __init__(self, family: str = "olmoe", reroute_refused: str | None = None) -> None:
         site = SimpleNamespace(num_experts=EXPERTS, top_k=TOP_K, shared=None, router=nn.Linear(4, EXPERTS, bias=False))
         config = SimpleNamespace(model_type=family, get_text_config=SimpleNamespace)
+        self.sizes = SimpleNamespace(device="cpu")
         self.model = SimpleNamespace(
             description=SimpleNamespace(moe_layers=LAYERS),
-            device=SimpleNamespace(type="cpu"),
             sites=dict.fromkeys(LAYERS, site),
             layers=[None] * 6,
             module=SimpleNamespace(config=config),

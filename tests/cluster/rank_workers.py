@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +25,9 @@ class Together:
     def __init__(self, place: Place) -> None:
         self.place = place
 
+    def serve(self) -> None:
+        pass
+
     def run(self, task: Task, attempt: int) -> Output:
         if task.id == "raise" and self.place.rank == 1:
             raise ValueError("rank 1 does not want to")
@@ -37,26 +40,51 @@ class Together:
         return Output({"sum": float(total)}, {"effects": effects.slice(1) if short else effects})
 
 
+class Apart:
+    """Ranks with tasks of their own: each waits until all have begun, and tells how many had none."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+
+    def serve(self) -> None:
+        self._idle(1.0)
+
+    def run(self, task: Task, attempt: int) -> Output:
+        if task.id == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        served = self._idle(0.0)
+        if task.id == "raise":
+            raise ValueError("there is no such task")
+        return Output({"rank": self.place.rank, "served": served})
+
+    @staticmethod
+    def _idle(mine: float) -> float:
+        total = torch.tensor([mine])
+        dist.all_reduce(total)
+        return float(total)
+
+
 @dataclass
 class DiesOnce:
-    """Makes the job's own worker, whose rank 1 is killed in its third task, once."""
+    """Makes the job's own worker, whose rank 1 is killed in the middle of a sweep, once."""
 
     make_worker: Callable[[str, Place], Worker]
     marker: str
 
     def __call__(self, folder: str, place: Place) -> Worker:
-        worker = self.make_worker(folder, place)
-        run, ran = worker.run, []
+        worker: Any = self.make_worker(folder, place)
+        shard = worker._engine.model.shard
+        visit, visited = shard.visit, []
 
-        def dying(task: Task, attempt: int) -> Output:
-            ran.append(task.id)
-            if place.rank == 1 and len(ran) == 3 and not Path(self.marker).exists():
+        def dying(layer: int) -> Any:
+            visited.append(layer)
+            if place.rank == 1 and len(visited) == 3 and not Path(self.marker).exists():
                 Path(self.marker).touch()
-                threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGKILL)).start()
-            return run(task, attempt)
+                os.kill(os.getpid(), signal.SIGKILL)
+            return visit(layer)
 
-        worker.run = dying  # type: ignore[method-assign]
-        return worker
+        shard.visit = dying
+        return worker  # type: ignore[no-any-return]
 
 
 def refuse(place: Place) -> Worker:

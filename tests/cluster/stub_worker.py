@@ -51,6 +51,9 @@ class StubWorker:
     plan: FaultPlan = FaultPlan()
     seconds: float = 0.0
 
+    def serve(self) -> None:
+        pass
+
     def run(self, task: Task, attempt: int) -> Output:
         self.plan.strike(task.id, attempt, self.place.rank)
         time.sleep(self.seconds)

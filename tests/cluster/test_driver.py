@@ -17,7 +17,7 @@ from cluster.driver.commits import ResultsLostError
 from cluster.driver.driver import Driver, Policy, RunError, Stopped
 from cluster.driver.group import Group, GroupLostError, GroupUnreachableError, Result, TaskError
 from cluster.driver.scaling import Scale
-from cluster.tasks import Task
+from cluster.tasks import Attempt, Task
 
 
 class Hang(Exception):
@@ -29,46 +29,52 @@ class FakeGroup:
     name: str
     fleet: FakeFleet
     node: str = ""
-    question: tuple[str, int] | None = None  # what it was asked last and how often it was tried
+    questions: list[tuple[str, int]] = field(default_factory=list)  # what it was asked last and how often it was tried
     dead: bool = False
 
     def load(self) -> None:
         self.node = f"10.0.0.{1 + len(self.fleet.launched)}"
-        self.ask("load", 0)
+        self.ask([("load", 0)])
 
     def ping(self) -> None:
-        self.ask("ping", 0)
+        self.ask([("ping", 0)])
 
-    def submit(self, task: Task, attempt: int) -> None:
-        self.fleet.submitted.append((task.id, attempt, self.name))
-        self.ask(task.id, attempt)
-        running = sum(group.busy for group in self.fleet.open)
-        self.fleet.most_running[task.id] = max(self.fleet.most_running.get(task.id, 0), running)
+    def submit(self, attempts: Sequence[Attempt]) -> None:
+        assert len(attempts) <= self.fleet.side_by_side
+        self.fleet.submitted += [(task.id, number, self.name) for task, number in attempts]
+        self.ask([(task.id, number) for task, number in attempts])
+        running = sum(group.running for group in self.fleet.open)
+        for task, _ in attempts:
+            self.fleet.most_running[task.id] = max(self.fleet.most_running.get(task.id, 0), running)
 
-    def ask(self, what: str, attempt: int) -> None:
+    def ask(self, what: list[tuple[str, int]]) -> None:
         assert not self.dead, "asked a group that was ended"
-        assert self.question is None, "asked a group that had not answered"
-        self.question = (what, attempt)
+        assert not self.questions, "asked a group that had not answered"
+        self.questions = what
         self.fleet.open.append(self)
 
     @property
-    def busy(self) -> bool:
-        return self.question is not None and self.question[0] not in ("place", "load", "ping")
+    def running(self) -> int:
+        return sum(number > 0 for _, number in self.questions)
 
     @property
-    def fault(self) -> Exception | None:
-        assert self.question is not None
-        return self.fleet.faults.get(self.question)
+    def faults(self) -> list[Exception | None]:
+        return [self.fleet.faults.get(question) for question in self.questions]
 
     def answer(self) -> Any:
-        assert self.question is not None
-        (what, attempt), fault = self.question, self.fault
-        self.question = None
-        if fault is not None:
-            if attempt == 0 or isinstance(fault, GroupUnreachableError):
-                self.fleet.faults.pop((what, attempt))  # happens once
-            raise fault
-        return None if attempt == 0 else Result(what, {"rows": {}, "bytes": 1}, {})
+        questions, faults = self.questions, self.faults
+        self.questions = []
+        for question, fault in zip(questions, faults, strict=True):
+            if question[1] == 0 or isinstance(fault, GroupUnreachableError):
+                self.fleet.faults.pop(question, None)  # happens once
+        for (_, number), fault in zip(questions, faults, strict=True):
+            if fault is not None and (number == 0 or not isinstance(fault, TaskError)):
+                raise fault
+        answers = [
+            fault or Result(what, {"rows": {}, "bytes": 1}, {})
+            for (what, _), fault in zip(questions, faults, strict=True)
+        ]
+        return None if questions[0][1] == 0 else answers
 
     def kill(self) -> None:
         self.dead = True
@@ -82,6 +88,7 @@ class FakeFleet:
 
     faults: dict[tuple[str, int], Exception] = field(default_factory=dict)
     most: int | None = None
+    side_by_side: int = 1
     writes: bool = True
     now: float = 0.0
     submitted: list[tuple[str, int, str]] = field(default_factory=list)
@@ -92,11 +99,11 @@ class FakeFleet:
     def launch(self, name: str) -> Group:
         group = FakeGroup(name, self)
         self.launched.append(group)
-        group.ask("place", 0)
+        group.ask([("place", 0)])
         return group
 
     def wait(self, seconds: float) -> list[FakeGroup]:
-        answered = [group for group in self.open if not isinstance(group.fault, Hang)][:1]
+        answered = [group for group in self.open if not any(isinstance(f, Hang) for f in group.faults)][:1]
         self.now += 0.01 if answered else seconds
         for group in answered:
             self.open.remove(group)
@@ -528,3 +535,49 @@ def test_a_thousand_groups_and_many_tasks_pass_through(bench: Callable[..., Benc
     assert len(committed(b)) == 3000
     assert max(b.fleet.most_running.values()) == 1000
     assert len(b.fleet.launched) == 1000
+
+
+def test_a_group_whose_ranks_work_for_themselves_takes_several_tasks(bench: Callable[..., Bench]) -> None:
+    b = bench(size=2)
+    b.fleet.side_by_side = 3
+    ledger = b.driver.run("effects", tasks(7), ())
+    assert ledger.committed == 7
+    assert len(b.fleet.launched) == 2  # not seven
+    first = [name for task, _, name in b.fleet.submitted[:6]]
+    assert sorted(first.count(name) for name in set(first)) == [3, 3]
+
+
+def test_no_group_takes_several_tasks_while_another_has_none(bench: Callable[..., Bench]) -> None:
+    b = bench(size=2)
+    b.fleet.side_by_side = 8
+    more = [Task(id=f"u{i}", kind="measure", rows=1, flops=1.0) for i in range(9)]
+    b.driver.run("first", tasks(9), (), more)  # two groups are ready after it
+    b.fleet.submitted.clear()
+    b.driver.run("second", more, ())
+    by_group = [name for _, _, name in b.fleet.submitted]
+    assert sorted(by_group.count(name) for name in set(by_group)) == [4, 5]
+
+
+def test_a_lost_group_blames_every_task_it_ran_and_a_suspect_runs_alone(bench: Callable[..., Bench]) -> None:
+    lost = GroupLostError("its node was lost")
+    b = bench(size=1, faults={("t1", 1): lost, ("t1", 2): lost, ("t1", 3): lost})
+    b.fleet.side_by_side = 3
+    ledger = b.driver.run("effects", tasks(6), ())
+    assert list(ledger.quarantined) == ["t1"]
+    assert ledger.committed == 5
+    assert b.fleet.most_running["t1"] <= 3
+    alone = [(task, attempt) for task, attempt, _ in b.fleet.submitted if (task, attempt) == ("t1", 3)]
+    assert len(alone) == 1
+    lines = b.folder.lines("losses.jsonl")
+    assert {line["task"] for line in lines if line["attempt"] == 1} == {"t0", "t1", "t2"}
+    assert [line["task"] for line in lines if line["attempt"] == 3] == ["t1"]
+    assert lines[-1]["quarantined"]
+
+
+def test_an_error_of_one_of_several_tasks_is_its_own(bench: Callable[..., Bench]) -> None:
+    b = bench(size=1, faults={("t1", 1): TaskError("Traceback\nValueError: once")})
+    b.fleet.side_by_side = 3
+    assert b.driver.run("effects", tasks(3), ()).committed == 3
+    assert [attempt for task, attempt, _ in b.fleet.submitted if task != "t1"] == [1, 1]
+    assert [attempt for task, attempt, _ in b.fleet.submitted if task == "t1"] == [1, 2]
+    assert len(b.fleet.launched) == 1

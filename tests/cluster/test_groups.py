@@ -5,33 +5,26 @@ from __future__ import annotations
 import io
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 import pytest
 import ray
-import yaml
-from rank_workers import DiesOnce, Together, refuse, slow
+from rank_workers import Apart, Together, refuse, slow
 from ray.util.placement_group import placement_group_table
 from stub_worker import FaultPlan, make_job, rows_of, tables
-from tiny_olmoe import write_tiny_olmoe
 
-from audit.config import AuditConfig
-from audit.models import ModelError
 from audit.runfolder import RunFolder
-from cluster.display import LineDisplay, NoDisplay
+from cluster.display import LineDisplay
 from cluster.driver.driver import Policy, RunError
 from cluster.driver.group import Group, GroupLostError, Result, Shape, TaskError
 from cluster.driver.scaling import Scale
 from cluster.groups import resources
 from cluster.groups.ray_fleet import RayFleet
-from cluster.planning.plan import prepare
 from cluster.run import execute
 from cluster.session import ray_session
-from cluster.tasks import Task
+from cluster.tasks import Attempt, Task
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,8 +33,13 @@ def _cluster() -> Iterator[None]:
         yield
 
 
-def make_fleet(make_worker: Any, ranks: int = 1) -> RayFleet:
-    return RayFleet(make_worker, Shape(ranks=ranks), name=f"test-{time.time_ns():x}", hang_seconds=60.0)
+ADD = Attempt(Task(id="add", kind="measure"), 1)
+
+
+def make_fleet(make_worker: Any, ranks: int = 1, own_tasks: bool = False) -> RayFleet:
+    return RayFleet(
+        make_worker, Shape(ranks=ranks, own_tasks=own_tasks), name=f"test-{time.time_ns():x}", hang_seconds=60.0
+    )
 
 
 def answered(fleet: RayFleet, group: Group, seconds: float = 60.0) -> Any:
@@ -72,8 +70,8 @@ def test_ranks_work_together_and_rank_0_answers(pair: tuple[RayFleet, Group]) ->
     fleet, group = pair
     assert group.node == ray.util.get_node_ip_address()
     for _ in range(3):
-        group.submit(Task(id="add", kind="measure"), 1)
-        result = answered(fleet, group)
+        group.submit([ADD])
+        (result,) = answered(fleet, group)
         assert isinstance(result, Result)
         assert result.receipt["sum"] == 3.0
         assert ray.get(result.tables["effects"]).num_rows == result.receipt["rows"]["effects"]
@@ -86,24 +84,45 @@ def test_ranks_work_together_and_rank_0_answers(pair: tuple[RayFleet, Group]) ->
 )
 def test_an_error_of_one_rank_is_the_tasks(pair: tuple[RayFleet, Group], task: str, said: str) -> None:
     fleet, group = pair
-    group.submit(Task(id=task, kind="measure"), 1)
-    with pytest.raises(TaskError, match=said) as raised:
-        answered(fleet, group)
-    assert raised.value.recycle
+    group.submit([Attempt(Task(id=task, kind="measure"), 1)])
+    (found,) = answered(fleet, group)
+    assert isinstance(found, TaskError)
+    assert said in str(found)
+    assert found.recycle
 
 
 def test_a_rank_that_dies_takes_its_group_with_it_and_nothing_is_left(pair: tuple[RayFleet, Group]) -> None:
     fleet, group = pair
-    group.submit(Task(id="kill", kind="measure"), 1)
+    group.submit([Attempt(Task(id="kill", kind="measure"), 1)])
     with pytest.raises(GroupLostError, match=r"rank 1: its process was killed by the system or crashed \(process \d+"):
         answered(fleet, group)
     group.kill()
     again = loaded(fleet, "pair")  # under the same name, from scratch
-    again.submit(Task(id="add", kind="measure"), 1)
-    assert answered(fleet, again).receipt["sum"] == 3.0
+    again.submit([ADD])
+    assert answered(fleet, again)[0].receipt["sum"] == 3.0
     again.kill()
     places = [found for found in placement_group_table().values() if found["name"].startswith("pair-")]
     assert {found["state"] for found in places} == {"REMOVED"}
+
+
+def test_ranks_with_tasks_of_their_own_answer_each_for_itself() -> None:
+    fleet = make_fleet(Apart, ranks=3, own_tasks=True)
+    assert fleet.side_by_side == 3
+    group = loaded(fleet, "apart")
+    group.submit([Attempt(Task(id=name, kind="measure"), 1) for name in ("one", "raise")])  # nothing for the third
+    one, raised = answered(fleet, group)
+    assert one.task == "one"
+    assert one.receipt["rank"] == 0
+    assert one.receipt["served"] == 1
+    assert isinstance(raised, TaskError)
+    assert "no such task" in str(raised)
+    assert not raised.recycle
+    group.submit([Attempt(Task(id=name, kind="measure"), 1) for name in ("one", "two", "three")])
+    assert [found.receipt["rank"] for found in answered(fleet, group)] == [0, 1, 2]
+    group.submit([Attempt(Task(id=name, kind="measure"), 1) for name in ("one", "kill", "three")])
+    with pytest.raises(GroupLostError, match="rank 1: its process was killed"):
+        answered(fleet, group)
+    group.kill()
 
 
 def test_a_worker_that_cannot_be_made_is_the_applications_error() -> None:
@@ -119,7 +138,7 @@ def test_a_worker_that_cannot_be_made_is_the_applications_error() -> None:
 def test_nothing_is_heard_of_a_group_that_was_ended(tmp_path: Path) -> None:
     fleet = make_fleet(partial(slow, str(tmp_path)))
     group = loaded(fleet, "slow")
-    group.submit(make_job().stages[-1][1][0], 1)
+    group.submit([Attempt(make_job().stages[-1][1][0], 1)])
     assert fleet.wait(0.5) == []
     group.kill()
     assert fleet.wait(3.0) == []
@@ -173,59 +192,6 @@ def test_ranks_are_counted_node_by_node_with_a_cpu_left_for_the_writer() -> None
 # Whole runs ----------------------------------------------------------------------------------------------------------
 
 
-def audit_of(folder: Path, ranks: int, dtype: str) -> AuditConfig:
-    if not (folder / "model").exists():
-        write_tiny_olmoe(folder / "model", layers=2, experts=5, top_k=2)
-        (folder / "texts").mkdir()
-        for number in range(4):
-            (folder / "texts" / f"{number}.txt").write_text(f"Text {number}: the expert that answers was asked.")
-    specification = {
-        "model": {"source": "./model", "dtype": dtype},
-        "corpus": {"sources": [{"kind": "text", "path": "texts", "domain": "prose"}], "max_tokens": 48},
-        "calibration": {"documents": 1},
-        "interventions": [{"kind": "zero"}, {"kind": "mean"}],
-        "attribution": True,
-        "engine": {"linear": "torch"},
-        "cluster": {"max_groups": 1, "ranks": ranks},
-    }
-    return AuditConfig.parse(yaml.safe_load(yaml.safe_dump(specification)), folder)
-
-
-def effects_of(folder: RunFolder) -> pd.DataFrame:
-    frame = folder.dataset("effects").to_table().to_pandas()
-    words = frame.select_dtypes("category").columns
-    frame = frame.astype(dict.fromkeys(words, "str"))
-    where = ["layer", "unit", "intervention", "sequence", "position", "expert"]
-    return frame.sort_values(where, ignore_index=True)
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
-
-
-def measured(place: Path, name: str, ranks: int, dtype: str) -> pd.DataFrame:
-    folder = RunFolder(str(place / name))
-    assert execute(prepare(audit_of(place, ranks, dtype)), folder, NoDisplay()).exit_status == 0
-    return effects_of(folder)
-
-
-@pytest.mark.parametrize(("dtype", "tolerance"), [("float32", 1e-5), ("float64", 1e-9)])
-def test_two_ranks_give_the_effects_of_one(place: Path, dtype: str, tolerance: float) -> None:
-    one, two = (measured(place, f"{dtype}-{ranks}", ranks, dtype) for ranks in (1, 2))
-    assert len(one) == len(two) > 100
-    for name in one:
-        if one[name].dtype.kind == "f":
-            pd.testing.assert_series_equal(one[name], two[name], rtol=0, atol=tolerance)
-        else:
-            pd.testing.assert_series_equal(one[name], two[name])
-
-
-def test_more_ranks_than_experts_are_refused_before_anything_starts(place: Path) -> None:
-    with pytest.raises(ModelError, match=r"cluster\.ranks: 6 is more than the 5 experts of layer 0; use at most 5"):
-        prepare(audit_of(place, 6, "float32"))
-
-
 def test_a_rank_killed_in_mid_task_costs_nothing(tmp_path: Path) -> None:
     """With the stub's tables, which depend on the task alone, so that one row lost or twice would be seen."""
     plan = FaultPlan({("effects-0002", 1): "kill"}, rank=1)
@@ -239,13 +205,3 @@ def test_a_rank_killed_in_mid_task_costs_nothing(tmp_path: Path) -> None:
     assert (loss["task"], loss["attempt"]) == ("effects-0002", 1)
     assert "rank 1: its process was killed by the system or crashed" in loss["reason"]
     assert "effects-0002 runs again on another group. What is committed stays." in out.getvalue()
-
-
-def test_an_audit_whose_rank_is_killed_ends_with_the_same_bits(place: Path) -> None:
-    calm = measured(place, "calm", 2, "float32")
-    job = prepare(audit_of(place, 2, "float32"))
-    job = replace(job, make_worker=DiesOnce(job.make_worker, str(place / "died")))
-    folder = RunFolder(str(place / "disturbed"))
-    assert execute(job, folder, NoDisplay()).exit_status == 0
-    assert len(folder.lines("losses.jsonl")) == 1
-    pd.testing.assert_frame_equal(effects_of(folder), calm, check_exact=True)

@@ -327,7 +327,7 @@ def test_other_weights_on_a_machine_end_the_run(
     specification: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A rank whose copy was exchanged along with its stamps: only the digest of what was loaded tells."""
-    monkeypatch.setattr("cluster.planning.plan.weights_digest", lambda module: "0" * 64)
+    monkeypatch.setattr("cluster.planning.plan.weights_digest", lambda *parts: "0" * 64)
     assert command("run", specification, "--out", tmp_path / "run", "--display", "none") == 1
     said = capsys.readouterr().err
     assert "a group could not be made ready" in said

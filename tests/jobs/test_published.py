@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import s3fs
+from s3_server import BUCKET, s3_server
 from shapes import Call
 
 # The tiny checkpoints are those of the tests of audit.published.
@@ -118,6 +120,14 @@ def test_progressive_ablation_is_compared(tmp_path: Path, call: Call) -> None:
     assert (status, err) == (0, "")
     assert "progressive ablation: " in out
     table = pd.read_csv(run / "results" / "side_by_side.csv")
+
+    with s3_server():  # the same from an object store
+        s3fs.S3FileSystem().put(str(run), f"{BUCKET}/run", recursive=True)
+        status, again, err = call("compare", f"s3://{BUCKET}/run", "--published", model)
+        assert (status, err) == (0, "")
+        assert again.replace(f"s3://{BUCKET}/run", str(run)) == out
+        stored = s3fs.S3FileSystem().cat(f"{BUCKET}/run/results/side_by_side.csv")
+        assert stored == (run / "results" / "side_by_side.csv").read_bytes()
     found = table[table["part"] == "progressive ablation"].set_index(["layer", "count"])
     assert set(found.index) == {(layer, count) for layer in (0, 1, 7, 8, 9, 15) for count in range(1, 8)}
     effects = RunFolder(str(run)).dataset("effects").to_table().to_pandas()

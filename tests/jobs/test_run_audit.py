@@ -76,7 +76,7 @@ def struck(function: Callable[..., Any], *, after: bool = False) -> Callable[...
 def test_a_stop_while_the_model_loads_leaves_nothing(
     start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plan, "load_engine", struck(plan.load_engine))
+    monkeypatch.setattr(plan, "load_audited", struck(plan.load_audited))
     status, out, err = start(tmp_path / "run")
     assert (status, out) == (143, "")
     assert "the same command goes on" in err

@@ -19,6 +19,7 @@ import pytest
 import yaml
 from ray._raylet import AuthenticationTokenLoader
 from ray_head import Head, Proxy, ray_head
+from s3_server import BUCKET, s3_server
 from shapes import Call
 from tiny_olmoe import write_tiny_olmoe
 
@@ -109,6 +110,23 @@ def test_a_job_does_the_audit_and_follow_ends_with_its_status(
     status, out, err = call(*again, "--set", "seed=1")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "seed: " in err
+
+
+def test_a_job_writes_to_an_object_store_that_its_own_variables_lead_to(
+    place: Path, head: Head, client: JobClient, call: Call
+) -> None:
+    with s3_server() as server:
+        out, given = f"s3://{BUCKET}/run", [part for name in server.environment for part in ("--env", name)]
+        submit = ["submit", place / "audit.yaml", "--out", out, "--address", head.address, *given]
+        status, said, err = call(*submit, "--job-id", "stored", "--follow")
+        assert status == 0, err
+        assert "effects: " in said
+        folder = RunFolder(out)
+        assert folder.dataset("tokens").count_rows() == 60
+        assert folder.read_table("layers").num_rows > 0
+        status, said, _ = call("status", out)
+        assert status == 0
+        assert re.search(r"effects .* 100%", said)
 
 
 def test_a_mistake_that_only_the_cluster_can_see_has_its_own_status(

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from audit.models.discovery import ModelError, decoder_layers
 from audit.models.seam import LayerCall, first_tensor, record_calls
+from audit.models.shards.shard import Inspect, ModelShard
 from audit.models.sources import (
     DTYPES,
     first_sentence,
@@ -61,6 +62,7 @@ def load_divided(
     device: str = "auto",
     trust_remote_code: bool = False,
     allow_pickle: bool = False,
+    inspect: Inspect | None = None,
 ) -> tuple[Any, Any]:
     """The model of a checkpoint, divided over the ranks of ``shard``, and its tokenizer, on every rank.
 
@@ -83,6 +85,8 @@ def load_divided(
             module = load_module(
                 source, files=files, dtype=DTYPES[dtype], use_safetensors=safetensors, **chosen, **options
             )
+            if inspect is not None:
+                inspect(module, decoder_layers(module), ModelShard())
             return module, tokenizer, place
         with library_errors(source, "read", "a folder with a checkpoint or a hub model"):
             config = AutoConfig.from_pretrained(path, **options)

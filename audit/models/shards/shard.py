@@ -20,6 +20,10 @@ class PeerOutOfMemoryError(MemoryError):
     """Another rank ran out of memory in the sweep that this one shares with it."""
 
 
+# Looks at a model that was just read: the module, its decoder layers, how they are held.
+Inspect = Callable[[nn.Module, nn.ModuleList, "ModelShard"], None]
+
+
 class ModelShard:
     """A model that is whole on one device: back end ``single``. The other back ends override what they do otherwise.
 

@@ -1,0 +1,66 @@
+"""The back ends by name."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from typing import Any
+
+import torch
+
+from audit.models.memory import Backend, Offload
+from audit.models.shards.shard import ModelShard
+
+
+def is_divided(backend: Backend) -> bool:
+    """Whether every rank holds a part of the layers."""
+    return backend in ("deepspeed_zero3", "deepspeed_tp")
+
+
+def has_own_tasks(backend: Backend) -> bool:
+    """Whether each rank runs a task of its own."""
+    return backend == "deepspeed_zero3"
+
+
+def open_shard(
+    backend: Backend,
+    device: torch.device,
+    *,
+    rank: int = 0,
+    ranks: int = 1,
+    offload: Offload = "none",
+    folder: str | None = None,
+    seconds: float | None = None,
+) -> ModelShard:
+    """How this process will hold a model. Ranks that hold it together have met in torch's process group before.
+
+    ``seconds``: how long a rank waits for the others; None: as long as that group says.
+
+    Raises ModelError where this machine cannot hold one so.
+    """
+    timeout = None if seconds is None else timedelta(seconds=seconds)
+    match backend:  # the libraries are loaded where they are used
+        case "single":
+            return ModelShard()
+        case "accelerate":
+            from audit.models.shards.offloaded import Offloaded  # noqa: PLC0415
+
+            return Offloaded(offload, folder)
+        case "deepspeed_zero3":
+            from audit.models.shards.zero3 import DeepSpeedZero3  # noqa: PLC0415
+
+            return DeepSpeedZero3(rank, ranks, device=device, offload=offload, folder=folder, timeout=timeout)
+        case "deepspeed_tp":
+            from audit.models.shards.tensor_parallel import DeepSpeedTensorParallel  # noqa: PLC0415
+
+            return DeepSpeedTensorParallel(rank, ranks, device=device, timeout=timeout)
+
+
+def load_onto(source: str, shard: Any, **options: Any) -> tuple[Any, Any]:
+    """The model of a checkpoint as ``shard`` holds it, and its tokenizer. Raises ModelError."""
+    if is_divided(shard.backend):
+        from audit.models.shards.division import load_divided  # noqa: PLC0415
+
+        return load_divided(source, shard, **options)
+    from audit.models.shards.offloaded import load_offloaded  # noqa: PLC0415
+
+    return load_offloaded(source, shard, **options)
