@@ -11,6 +11,7 @@ from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 
 from audit.models.experts import Experts, ModuleExperts, SortedExperts
@@ -120,5 +121,6 @@ def expert_weights(module: nn.Module, num_experts: int) -> Iterator[Sequence[Ten
         yield from module.weights()
         return
     stacked = [p for p in module.parameters(recurse=False) if p.dim() == 3]
+    whole = [p.full_tensor() if isinstance(p, DTensor) else p for p in stacked]
     for expert in range(num_experts):
-        yield [p[expert] for p in stacked]
+        yield [p[expert] for p in whole]

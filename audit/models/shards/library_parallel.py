@@ -1,0 +1,83 @@
+"""Back end ``transformers_tp``: transformers' own tensor parallelism, for comparison with ``deepspeed_tp``.
+
+The library reads every rank's share from the checkpoint, so no host needs room for the whole, and no layer is ever
+whole on a rank: there is nothing to compare a divided layer with. Its sums tell nobody what they add up. Plans are
+compared before every sweep all the same; but where one rank fails in mid-sweep the others wait in the library's sum
+until the group's time limit ends them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from typing import Any, ClassVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers.distributed import DistributedConfig
+
+from audit.models.discovery import ModelError
+from audit.models.shards.meeting import meet
+from audit.models.shards.shard import ModelShard
+from audit.models.shards.together import over_processes
+from audit.models.sources import DTYPES, load_module, load_tokenizer, resolve_device, resolve_source
+
+
+class TransformersParallel(ModelShard):
+    """The ranks have met in torch's process group. ``timeout``: how long a rank waits for another one's words."""
+
+    backend: ClassVar[str] = "transformers_tp"
+    own_tasks: ClassVar[bool] = False
+    resident: ClassVar[bool] = True
+
+    def __init__(self, rank: int, ranks: int, *, device: torch.device, timeout: timedelta | None = None) -> None:
+        super().__init__(rank, ranks)
+        meet(rank, ranks, device, timeout)
+        # Words never share a group with the library's sums, which would take them for numbers.
+        self._together = over_processes(rank, ranks, dist.new_group(backend="gloo", timeout=timeout))
+
+    def task(self) -> AbstractContextManager[None]:
+        return self._together.task()
+
+    def sweep(self, plan: Callable[[], bytes]) -> AbstractContextManager[None]:
+        return self._together.sweep(plan)
+
+    def weight_bytes(self, layers: nn.ModuleList, module: nn.Module) -> int:
+        held = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]
+        return sum(p.numel() * p.element_size() for p in held)
+
+
+def load_parallel(
+    source: str,
+    shard: TransformersParallel,
+    *,
+    files: str | None = None,
+    revision: str | None = None,
+    dtype: str = "float32",
+    device: str = "auto",
+    trust_remote_code: bool = False,
+    allow_pickle: bool = False,
+) -> tuple[Any, Any]:
+    """This rank's share of a checkpoint's model, and the tokenizer. Arguments as of ``load_model``.
+
+    All ranks call it together. Raises ModelError where the library cannot divide the family, or a name is unknown.
+    """
+    if dtype not in DTYPES:
+        raise ModelError(f"model.dtype: {dtype!r} is unknown; known are {', '.join(DTYPES)}")
+    place = resolve_device(device)
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    eager = place.type == "cpu" or dtype == "float64"  # as in load_model
+    module = load_module(
+        source,
+        files=files,
+        dtype=DTYPES[dtype],
+        use_safetensors=None if allow_pickle else True,
+        attn_implementation="eager",
+        distributed_config=DistributedConfig(tp_size=shard.ranks),
+        **({"experts_implementation": "eager"} if eager else {}),
+        **options,
+    )
+    return module, load_tokenizer(resolve_source(source, files), **options)
