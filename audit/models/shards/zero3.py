@@ -7,7 +7,6 @@ gathered has the very bits of what was divided, so effects are those of a model 
 
 from __future__ import annotations
 
-import logging
 import math
 import os
 import tempfile
@@ -15,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar, Literal, get_args
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.distributed as dist
@@ -24,6 +23,7 @@ from torch import Tensor, nn
 from audit.models.discovery import ModelError, whole_shape
 from audit.models.shards.division import agreed
 from audit.models.shards.lockstep import Lockstep
+from audit.models.shards.meeting import import_deepspeed, meet
 from audit.models.shards.shard import ModelShard
 from audit.models.sources import first_sentence
 
@@ -57,8 +57,8 @@ class DeepSpeedZero3(ModelShard):
         timeout: timedelta | None = None,
     ) -> None:
         super().__init__(rank, ranks)
-        self.control = _meet(rank, ranks, device, timeout)
-        self._deepspeed = _import_deepspeed(device)
+        self.control = meet(rank, ranks, device, timeout)
+        self._deepspeed = import_deepspeed(device)
         self._device, self._offload, self._folder = device, offload, folder
         agreed(self, lambda: _require_offload(offload, folder))
         self._layers: dict[int, list[nn.Parameter]] = {}
@@ -193,41 +193,13 @@ def _bytes(parameter: nn.Parameter) -> int:
     return math.prod(whole_shape(parameter)) * parameter.element_size()
 
 
-def _meet(rank: int, ranks: int, device: torch.device, timeout: timedelta | None) -> dist.ProcessGroup | None:
-    """The group for small messages between hosts; None for one rank, of which a world is made."""
-    if not dist.is_initialized():
-        assert ranks == 1, "several ranks meet before they load a model"
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    assert (dist.get_rank(), dist.get_world_size()) == (rank, ranks), "a model is divided over all ranks that have met"
-    if ranks == 1:
-        return None
-    return dist.group.WORLD if dist.get_backend() == "gloo" else dist.new_group(backend="gloo", timeout=timeout)
-
-
-def _import_deepspeed(device: torch.device) -> Any:
-    # Looked at when DeepSpeed is imported and when it partitions.
-    os.environ["DS_ACCELERATOR"] = device.type
-    os.environ["LOCAL_RANK"] = str(device.index or 0)
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    import deepspeed  # noqa: PLC0415 -- slow, and it looks for devices
-
-    if device.type == "cpu":
-        # Its all-reduce in shared memory wants a compiler, crashes where LOCAL_SIZE is not set, and leaves 66 MiB of
-        # /dev/shm behind per rank and run.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
-    return deepspeed
-
-
-def _require_offload(offload: str, folder: str | None) -> None:
-    if offload not in get_args(Offload):
-        raise ModelError(f"model.offload: {offload!r} is unknown; known are {', '.join(get_args(Offload))}")
+def _require_offload(offload: Offload, folder: str | None) -> None:
     if offload != "nvme":
         return
     if folder is None or not Path(folder).is_dir() or not os.access(folder, os.W_OK):
         raise ModelError(
-            f"model.offload: {folder!r} is no folder that this process may write to; nvme needs one, on a fast disk"
+            f"model.offload_folder: {folder!r} is no folder that this process may write to; offload nvme needs one on "
+            "a local disk of every machine"
         )
     from deepspeed.ops.op_builder import AsyncIOBuilder  # noqa: PLC0415 -- only this offload needs it
 
@@ -238,7 +210,7 @@ def _require_offload(offload: str, folder: str | None) -> None:
         )
     try:
         AsyncIOBuilder().load(verbose=False)
-    except RuntimeError as error:
+    except (RuntimeError, ImportError) as error:
         raise ModelError(
             f"model.offload: nvme needs DeepSpeed's asynchronous reads, which cannot be built here "
             f"({first_sentence(error)}); install ninja and a C++ compiler or take cpu"

@@ -188,6 +188,14 @@ def error_on_the_second(rank: int) -> int:
         restore()
 
 
+def dying_on_the_second(rank: int) -> int:
+    model = divided("olmoe", torch.float32)
+    if rank == 1:
+        with model.shard.task(), model.shard.visit(0):
+            os._exit(1)
+    return len(measured(model, rank))
+
+
 def held(rank: int, offload: str = "none") -> dict[str, Any]:
     """What a rank holds of a model outside visits, and inside one."""
     model = divided("olmoe", torch.float32, offload)
@@ -222,10 +230,10 @@ def _hooks(module: nn.Module) -> int:
 def equal_from_files(rank: int, folder: str) -> list[int]:
     """How many shares of each layer lie in files."""
     sizes = {"hidden_size": 256, "intermediate_size": 256}  # DeepSpeed writes no files below 1 MiB
-    alone = validate(prepare(build("olmoe", dtype=torch.bfloat16, experts=16, **sizes), linear="torch"))
-    module = build("olmoe", dtype=torch.bfloat16, experts=16, **sizes)
+    alone = validate(prepare(build("olmoe", dtype=torch.float32, **sizes), linear="torch"))
     shard = DeepSpeedZero3(rank, dist.get_world_size(), device=CPU, offload="nvme", folder=folder)
-    model = prepared(module if rank == 0 else skeleton(config_of("olmoe", experts=16, **sizes)), shard)
+    module = build("olmoe", dtype=torch.float32, **sizes) if rank == 0 else skeleton(config_of("olmoe", **sizes))
+    model = prepared(module, shard)
     first, second = measured(alone, rank), measured(model, rank)
     assert [name for name in first if first[name] != second[name]] == []
     return [
@@ -394,16 +402,32 @@ def test_shares_in_files(pair: Ranks, tmp_path: Path, monkeypatch: pytest.Monkey
 
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("libaio is not installed")
-    assert pair.all(equal_from_files, str(tmp_path), seconds=400) == [[2] * 4] * 2
+    assert pair.all(equal_from_files, str(tmp_path)) == [[2] * 4] * 2
 
 
 @pytest.mark.full
-def test_four_ranks_leave_nothing_in_shared_memory() -> None:
-    before = set(os.listdir("/dev/shm"))
+def test_four_ranks() -> None:
     with Ranks(4) as ranks:
-        assert min(ranks.all(effects_equal, "deepseek_v2", torch.float32, seconds=300)) > 50
-        assert ranks.all(one_idle, "deepseek_v2", seconds=300)[3] == 0
+        assert min(ranks.all(effects_equal, "deepseek_v2", torch.float32)) > 20
+        assert ranks.all(one_idle, "deepseek_v2")[3] == 0
+
+
+@pytest.mark.full
+def test_groups_that_come_and_go_leave_nothing_in_shared_memory() -> None:
+    before = set(os.listdir("/dev/shm"))
+    for _ in range(5):
+        with Ranks(2) as ranks:
+            ranks.all(held)
     assert set(os.listdir("/dev/shm")) <= before
+
+
+@pytest.mark.full
+def test_a_rank_that_dies_in_a_sweep_keeps_nobody_waiting() -> None:
+    with Ranks(2) as ranks:
+        ranks.all(held)
+        first, second = ranks.each(dying_on_the_second, seconds=60)
+    for failed in (first, second):
+        assert isinstance(failed, Failed)
 
 
 @pytest.fixture
@@ -421,21 +445,20 @@ def test_one_rank_needs_no_group(no_group_after: None) -> None:
 
 
 @pytest.mark.parametrize(
-    ("offload", "folder", "said"),
+    ("folder", "said"),
     [
-        ("disk", None, "'disk' is unknown; known are none, cpu, nvme"),
-        ("nvme", None, "None is no folder that this process may write to"),
-        ("nvme", "/nowhere", "'/nowhere' is no folder that this process may write to"),
-        ("nvme", ".", "apt-get install libaio-dev"),
+        (None, "None is no folder that this process may write to"),
+        ("/nowhere", "'/nowhere' is no folder that this process may write to"),
+        (".", "apt-get install libaio-dev"),
     ],
 )
 def test_an_offload_that_is_not_possible_is_refused_before_anything_is_loaded(
-    no_group_after: None, monkeypatch: pytest.MonkeyPatch, offload: Any, folder: str | None, said: str
+    no_group_after: None, monkeypatch: pytest.MonkeyPatch, folder: str | None, said: str
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     from deepspeed.ops.op_builder import AsyncIOBuilder  # noqa: PLC0415 -- it looks for devices
 
     monkeypatch.setattr(AsyncIOBuilder, "is_compatible", lambda *args, **kwargs: False)
-    with pytest.raises(ModelError, match=r"^model\.offload: ") as error:
-        DeepSpeedZero3(device=CPU, offload=offload, folder=folder)
+    with pytest.raises(ModelError, match=r"^model\.offload") as error:
+        DeepSpeedZero3(device=CPU, offload="nvme", folder=folder)
     assert said in str(error.value)
