@@ -76,7 +76,10 @@ def choose(
             lacking = lack(weights, machine, name, ranks, place, room)
             if lacking is None:
                 share = share_of(weights, name, ranks, place)
-                return Choice(name, ranks, place, share, _reason(name, place, share, machine, refused, backend))
+                reason = _reason(name, place, share, machine, refused, backend)
+                if ranks > 1 and machine.device == "cuda" and lack(weights, machine, "single", 1, "none") is None:
+                    reason += "; one device would hold all, so that cluster.ranks: 1 has more groups, and is faster"
+                return Choice(name, ranks, place, share, reason)
             refused.append(f"{label(name, place)} {lacking}")
     refused = refused[-len(candidates) :] if backend != "auto" else refused
     why = f" ({'; '.join(refused)})" if refused else ""

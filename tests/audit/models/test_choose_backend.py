@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+from families import config_of
 
 from audit.models.catalogue import named_model, names
 from audit.models.discovery import ModelError
 from audit.models.memory import LayerWeights, Weights, weights_of
 from audit.models.outline import configuration_of, outline
 from audit.models.shards.choose import Machine, choose, machine_of, ranks_needed, why_undivided
-from tests.audit.families import config_of
 
 GIB = 2**30
 # 100 GiB: 4 outside, 8 layers of 12, of which 10 are experts.
@@ -60,6 +60,11 @@ def test_experts_that_cannot_be_divided_are_gathered_instead() -> None:
     assert "its experts are a single matrix" in found.reason
     with pytest.raises(ModelError, match="deepspeed_tp is not possible, its experts are a single matrix; use"):
         choose(MODEL, on(80), ranks=4, backend="deepspeed_tp", undivided="its experts are a single matrix")
+
+
+def test_ranks_that_are_not_needed_are_said_to_be() -> None:
+    assert "one device would hold all" in choose(MODEL, on(120), ranks=2).reason
+    assert "one device would hold all" not in choose(MODEL, on(119), ranks=2).reason
 
 
 def test_what_is_named_is_taken_to_the_brim() -> None:

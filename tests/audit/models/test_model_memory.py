@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from families import build, config_of, ready, texts
+from shard_ranks import Ranks
 
 from audit.engine import Engine
 from audit.engine.cost import Sizes, room_for
 from audit.interventions import Intervention
+from audit.models import prepare
 from audit.models.catalogue import named_model, names
 from audit.models.discovery import ModelError
-from audit.models.memory import LayerWeights, Share, Weights, share_of, weights_of
+from audit.models.memory import Backend, LayerWeights, Offload, Share, Weights, share_of, weights_of
 from audit.models.outline import Outline, configuration_of, outline, read_configuration
-from tests.audit.families import build, config_of, ready, texts
+from audit.models.shards.backends import open_shard
+from audit.models.shards.division import divide_module
 
 # As the authors of each model state them, in billions; GLM-4.5 with a layer that transformers' model does not have.
 PUBLISHED = {
@@ -137,6 +142,37 @@ def test_costs_from_a_configuration_are_those_of_the_loaded_model(family: str) -
     found = outline(config_of(family), source=family, dtype="float64", device="cpu")
     assert vars(Sizes(found)) == vars(Sizes(loaded))
     assert weights_of(found.module, found.layers, found.sites) == weights_of(loaded.module, loaded.layers, loaded.sites)
+
+
+def _on_this_rank(rank: int, family: str, backend: Backend, offload: Offload) -> tuple[int, int, int]:
+    """Bytes of weights that a rank says it has, those planned for, and those of one whole layer. The device is the
+    CPU, so what is in host memory is on it.
+    """
+    shard: Any = open_shard(backend, rank=rank, ranks=2, device=torch.device("cpu"), offload=offload)
+    whole = build(family, dtype=torch.float32)
+    found = outline(whole.config, source=family, dtype="float32", device="cpu")
+    weights = weights_of(found.module, found.layers, found.sites)
+    with shard.task():
+        model = prepare(divide_module(whole, shard, torch.device("cpu")), shard=shard)
+        held = shard.weight_bytes(model.layers, model.module)
+    share = share_of(weights, backend, 2, offload)
+    return held, share.device + share.host, weights.largest_layer
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", ["olmoe", "deepseek_v3", "gpt_oss"])
+def test_ranks_hold_what_is_planned_for(family: str, pair: Ranks) -> None:
+    for offload in ("none", "cpu"):
+        for held, planned, layer in pair.all(_on_this_rank, family, "deepspeed_zero3", offload):
+            assert held == pytest.approx(planned, abs=0.05 * layer)  # shares are rounded up, and buffers come to it
+    for held, planned, _ in pair.all(_on_this_rank, family, "deepspeed_tp", "none"):
+        assert 0.6 * planned < held <= planned  # what of attention is divided is not known beforehand
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Ranks]:
+    with Ranks(2) as ranks:
+        yield ranks
 
 
 def test_room_is_what_the_engine_puts_into_one_sweep() -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from families import SWEEP, build, texts
 
 from audit.engine import Engine
 from audit.engine.engine import Measurement
@@ -20,7 +21,6 @@ from audit.models.discovery import ModelError
 from audit.models.memory import share_of, weights_of
 from audit.models.shards import offloaded
 from audit.models.shards.offloaded import Offloaded, load_offloaded
-from tests.audit.families import SWEEP, build, texts
 
 DEFAULT = ("olmoe", "deepseek_v3", "gpt_oss")
 FAMILIES = [pytest.param(f, marks=[] if f in DEFAULT else [pytest.mark.full]) for f in SWEEP]
