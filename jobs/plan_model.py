@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any
 
 import transformers
@@ -91,15 +92,12 @@ def _asked(given: argparse.Namespace) -> _Asked:
 
 
 def _configuration(name: str) -> Any:
-    try:
-        return read_configuration(name)
-    except ValueError as error:
-        if "/" in name or name.startswith((".", "~")):
-            raise
+    if name != "demo" and "/" not in name and not Path(name).expanduser().exists():  # models of the hub have an owner
         raise ConfigError(
             f"--model: {name!r} is unknown; name a folder with a checkpoint, a hub model such as "
             f"allenai/OLMoE-1B-7B-0924, or one of {', '.join(names())}"
-        ) from error
+        )
+    return read_configuration(name)
 
 
 def _bytes(option: str, text: str | None) -> int | None:
