@@ -1,0 +1,126 @@
+"""Every family on every back end: verified against the model in one piece, or refused; never a wrong number.
+
+With ``--full`` the whole table is measured and written to docs/back_ends.md.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from families import RECURRENT, SWEEP, build, config_of, texts
+from shard_ranks import Ranks
+
+from audit.engine import Engine
+from audit.engine.validate import validate
+from audit.interventions import Intervention
+from audit.models import ModelError, MoEModel, prepare
+from audit.models.memory import Backend
+from audit.models.shards.backends import open_shard
+from audit.models.shards.division import divide_module, skeleton
+from audit.models.shards.offloaded import Offloaded, keep
+
+DIVIDED: tuple[Backend, ...] = ("deepspeed_zero3", "deepspeed_tp")
+TABLE = Path(__file__).parents[3] / "docs" / "back_ends.md"
+CPU = torch.device("cpu")
+ALWAYS = ("mixtral",)
+FAMILIES = [pytest.param(f, marks=() if f in ALWAYS else pytest.mark.full) for f in (*SWEEP, *RECURRENT)]
+
+
+def held(backend: Backend, family: str, rank: int = 0, ranks: int = 1) -> MoEModel:
+    """The family's random model as the back end holds it, validated."""
+    shard: Any = open_shard(backend, CPU, rank=rank, ranks=ranks)
+    module = build(family, dtype=torch.float32) if rank == 0 else skeleton(config_of(family), dtype=torch.float32)
+    if isinstance(shard, Offloaded):
+        keep(module.eval().requires_grad_(False), shard, CPU)
+    elif backend != "single":
+        module = divide_module(module, shard, CPU)
+    with shard.task():
+        return validate(prepare(module, linear="torch", shard=shard))
+
+
+def effects(model: MoEModel) -> pd.DataFrame:
+    engine = Engine(model, memory=2**31, micro_batch=64)
+    asked = {"layers": model.description.moe_layers[:2], "interventions": [Intervention("zero")]}
+    with model.shard.task():
+        return engine.measure(texts((12,)), [np.array([3, 8])], **asked).effects.to_pandas()
+
+
+def verdict(rank: int, backend: Backend, family: str, ranks: int) -> tuple[str, list[str]]:
+    """What this rank can say of the family on the back end, and the back end's notes."""
+    try:
+        model = held(backend, family, rank, ranks)
+    except ModelError as error:
+        return f"refused: {error}", []
+    alone, found = effects(held("single", family)), effects(model)
+    assert len(found) == len(alone) > 0
+    numbers = [name for name in alone if alone[name].dtype.kind == "f"]
+    pd.testing.assert_frame_equal(found.drop(columns=numbers), alone.drop(columns=numbers))
+    apart = [np.nanmax(np.abs(found[n] - alone[n])) for n in numbers if alone[n].notna().any()]
+    if max(apart) == 0:
+        return f"same bits ({model.description.engine})", model.description.notes
+    return f"{max(apart):.0e} ({model.description.engine})", model.description.notes
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Ranks]:
+    with Ranks(2) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def rows(request: pytest.FixtureRequest) -> Iterator[dict[str, dict[str, str]]]:
+    """Family: back end: verdict; written down where all families were asked."""
+    found: dict[str, dict[str, str]] = {}
+    yield found
+    if request.config.getoption("--full") and len(found) == len(FAMILIES):
+        TABLE.write_text(document(found), encoding="utf-8")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_is_exact_on_a_back_end_or_refused_by_it(
+    pair: Ranks, rows: dict[str, dict[str, str]], family: str
+) -> None:
+    told = {"accelerate": verdict(0, "accelerate", family, 1)[0]}
+    for backend in DIVIDED:
+        answers = pair.all(verdict, backend, family, 2)
+        assert len({text.startswith("refused") for text, _ in answers}) == 1
+        text, notes = answers[0]
+        whole = sorted({note.split(" is whole", 1)[0] for note in notes if " is whole on every rank" in note})
+        told[backend] = text + (f"; whole on every rank: {', '.join(whole)}" if whole else "")
+    rows[family] = told
+    for backend in ("accelerate", "deepspeed_zero3"):
+        assert told[backend].startswith("same bits"), (backend, told[backend])
+    text = told["deepspeed_tp"]
+    most = 1e-5 if "(sweep)" in text else 3e-5  # whole forwards take differences of logits that rounded apart
+    assert text.startswith(("refused: model.backend: ", "same bits")) or float(text.split()[0]) <= most, text
+
+
+def document(rows: dict[str, dict[str, str]]) -> str:
+    versions = ", ".join(
+        f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "deepspeed", "accelerate")
+    )
+    lines = [
+        "# Families and back ends",
+        "",
+        "Written by `make test-all` (tests/audit/models/test_back_end_table.py). Tiny random models of every family, "
+        "float32, on the CPU, two ranks over gloo where a model is divided;",
+        f"{versions}. Each cell compares every number of every effect with the model in one piece: `same bits`, or the "
+        "largest difference",
+        "(nats, or the outcome's own unit), with what measured them in brackets; or why the back end refuses it.",
+        "No row was measured on a GPU.",
+        "",
+        "| family | accelerate | deepspeed_zero3 | deepspeed_tp |",
+        "|---|---|---|---|",
+    ]
+    lines += [
+        f"| {family} | {told['accelerate']} | {told['deepspeed_zero3']} | {told['deepspeed_tp']} |"
+        for family, told in rows.items()
+    ]
+    return "\n".join(lines) + "\n"
