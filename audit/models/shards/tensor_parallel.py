@@ -36,10 +36,14 @@ from audit.models.sources import first_sentence
 # Linear maps by the names that transformers uses. What stands in neither list is whole: routers, low-rank projections.
 _HEADS_OUT = ("q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj")
 _COLUMNS = (*_HEADS_OUT, "gate_proj", "up_proj", "w1", "w3")
-_ROWS = ("o_proj", "down_proj", "w2")
+_ROWS = ("o_proj", "out_proj", "down_proj", "w2")
 
 # What a part was given.
 _Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class _StaysWholeError(ValueError):
+    """The reason, as a clause."""
 
 
 class DeepSpeedTensorParallel(ModelShard):
@@ -94,7 +98,10 @@ class DeepSpeedTensorParallel(ModelShard):
                 _add_up(divided, self._together, f"layer {number} {path}")
                 _require_equal(_there_and_back(divided, call), expected)
         except Exception as error:
-            self._whole.setdefault(path, []).append((number, f"{type(error).__name__}: {first_sentence(error)}"))
+            reason = first_sentence(error)
+            if not isinstance(error, _StaysWholeError):
+                reason = f"divided, it does not run ({type(error).__name__}: {reason})"
+            self._whole.setdefault(path, []).append((number, reason))
             return
         _put(layer, path, divided)
 
@@ -153,7 +160,7 @@ def _calls_of_parts(layer: nn.Module, output: Callable[[], Tensor]) -> dict[str,
 def _divided(whole: nn.Module, path: str, rank: int, ranks: int) -> nn.Module | None:
     """A copy of the part with this rank's share of its linear maps; None where it has one alone, such as a gate.
 
-    Raises ValueError where it cannot be divided.
+    Raises _StaysWholeError where it cannot be divided.
     """
     from deepspeed.module_inject.auto_tp import AutoTP  # noqa: PLC0415
     from deepspeed.module_inject.autotp_config import AutoTPConfig, PartitionType, TPLayerSpec  # noqa: PLC0415
@@ -162,13 +169,13 @@ def _divided(whole: nn.Module, path: str, rank: int, ranks: int) -> nn.Module | 
     if len(linears) < 2:
         return None
     if not linears & set(_COLUMNS) or not linears & set(_ROWS):
-        raise ValueError(f"none of its linear maps {', '.join(sorted(linears))} is known to be divided")
+        raise _StaysWholeError(f"none of its linear maps {', '.join(sorted(linears))} is known to be divided")
     config: Any = next(iter(_configurations(whole)), None)
     heads = linears & set(_HEADS_OUT)
     if heads:
         query, key = config.num_attention_heads, config.num_key_value_heads
         if query % ranks or key % ranks:
-            raise ValueError(f"its {query} heads, {key} of them for keys, cannot be divided by {ranks}")
+            raise _StaysWholeError(f"its {query} heads, {key} of them for keys, cannot be divided by {ranks}")
     specs = [
         TPLayerSpec([rf".*\.({'|'.join(_ROWS)})\.weight$"], PartitionType.ROW),
         TPLayerSpec([rf".*\.({'|'.join(_COLUMNS)})\.weight$"], PartitionType.COLUMN),
@@ -226,7 +233,7 @@ def _add_up(divided: nn.Module, together: Together, name: str) -> None:
         if not isinstance(module, TensorParallel_Layer):
             continue
         if type(module) not in (LinearAllreduce, LinearLayer):
-            raise ValueError(f"DeepSpeed divides {path} in a way that the audit does not know")
+            raise _StaysWholeError(f"DeepSpeed divides {path} in a way that the audit does not know")
         by_rows = type(module) is LinearAllreduce
         module.__dict__["forward"] = (
             partial(_by_rows, module, together, f"{name}.{path}") if by_rows else partial(_by_columns, module)
@@ -280,7 +287,7 @@ def _require_equal(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]
         apart = distance(ours, whole)
         # Backwards through a norm float64 is rounded to float32 after the shares were taken, not before.
         if not apart <= (max(tolerance(whole.dtype), 1e-6) if what == "gradients" else tolerance(whole.dtype)):
-            raise ValueError(f"its {what} differ by {apart:.1e} from those of the whole")
+            raise _StaysWholeError(f"its {what} differ by {apart:.1e} from those of the whole")
 
 
 def _put(layer: nn.Module, path: str, module: nn.Module) -> None:

@@ -184,10 +184,7 @@ def test_four_ranks() -> None:
         for frame, told in four.all(audit_of, "mixtral", torch.float32, {}):
             require_same(frame, measured(single("mixtral")), 1e-5)
             (note,) = [note for note in told["description"].notes if "whole on every rank" in note]
-            assert (
-                "self_attn is whole on every rank in 4 layers, 0 the first: ValueError: its 4 heads, 2 of them for keys"
-                in note
-            )
+            assert "self_attn is whole on every rank in 4 layers, 0 the first: its 4 heads, 2 of them for keys" in note
 
 
 # ---- what goes wrong ------------------------------------------------------------------------------------------------
@@ -224,9 +221,7 @@ def test_a_part_that_computes_something_else_stays_whole(two: Ranks) -> None:
     whole = measured(single("gpt_oss"))
     for notes, frame in two.all(wrongly, "bias on every rank"):
         (note,) = [note for note in notes if "whole on every rank" in note]
-        assert note.startswith(
-            "self_attn is whole on every rank in 4 layers, 0 the first: ValueError: its outputs differ by"
-        )
+        assert note.startswith("self_attn is whole on every rank in 4 layers, 0 the first: its outputs differ by")
         require_same(frame, whole, 1e-5)
 
 
