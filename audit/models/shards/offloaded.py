@@ -6,10 +6,9 @@ time, at every forward, and empty the device's cache after every tensor.
 
 from __future__ import annotations
 
-import shutil
+import contextlib
 import tempfile
 import warnings
-import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +16,8 @@ from typing import Any
 
 import torch
 from accelerate.hooks import remove_hook_from_submodules
-from accelerate.utils import OffloadedWeightsLoader, PrefixedDataset, set_module_tensor_to_device
+from accelerate.utils import PrefixedDataset, set_module_tensor_to_device
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from audit.models.discovery import ModelError, decoder_layers
@@ -31,8 +31,8 @@ class Offloaded(ModelShard):
     """Back end ``accelerate``: at most the visited layers are on the device.
 
     ``offload``: ``cpu`` keeps layers in host memory, as the loader put them there (memory-mapped where the checkpoint's
-    tensors are the model's); ``nvme`` keeps the experts in a new folder within ``folder``, which is removed with the
-    shard, and the rest of the layers in host memory.
+    tensors are the model's); ``nvme`` keeps the experts in files within ``folder``, and the rest of the layers in host
+    memory. The files have no name once they are written: they go with the process, however it ends.
     """
 
     backend = "accelerate"
@@ -40,10 +40,7 @@ class Offloaded(ModelShard):
 
     def __init__(self, offload: Offload, folder: str | None = None) -> None:
         super().__init__()
-        self.folder: str | None = None
-        if offload == "nvme":
-            self.folder = tempfile.mkdtemp(prefix="moe-audit-", dir=_existing(folder))
-            weakref.finalize(self, shutil.rmtree, self.folder, ignore_errors=True)
+        self.folder = _existing(folder) if offload == "nvme" else None
         self._device = torch.device("cpu")
         self._layers: list[nn.Module] = []
         self._kept: list[Mapping[str, Tensor]] = []  # per layer, by the parameter's name in it
@@ -123,22 +120,20 @@ def load_offloaded(
     # As in load_model: the default experts code refuses float64, and is the slower one on a CPU.
     eager = place.type == "cpu" or dtype == "float64"
     chosen: dict[str, Any] = {"attn_implementation": "eager", **({"experts_implementation": "eager"} if eager else {})}
-    if shard.folder is not None:
-        found = outline(read_configuration(source, files=files, **options), source=source, dtype=dtype)
-        experts = {site.experts for site in found.sites.values()}
-        chosen |= {"device_map": _device_map(found.module, experts), "offload_folder": shard.folder}
-    with warnings.catch_warnings():  # accelerate wants to be told of every buffer, and then calls it unknown
-        warnings.filterwarnings("ignore", "The following device_map keys do not match", UserWarning)
-        module = load_module(
-            source,
-            files=files,
-            dtype=DTYPES[dtype],
-            use_safetensors=None if allow_pickle else True,
-            **chosen,
-            **options,
-        )
-    module = module.eval().requires_grad_(False)
-    keep(module, shard, place)
+    # As long as the files are open, their folder is not needed.
+    with contextlib.ExitStack() as until_read:
+        if shard.folder is not None:
+            written = until_read.enter_context(tempfile.TemporaryDirectory(prefix="moe-audit-", dir=shard.folder))
+            configuration = read_configuration(source, files=files, **options)
+            found = outline(configuration, source=source, dtype=dtype, trust_remote_code=trust_remote_code)
+            experts = {site.experts for site in found.sites.values()}
+            chosen |= {"device_map": _device_map(found.module, experts), "offload_folder": written}
+            # accelerate wants to be told of every buffer, and then calls it unknown.
+            until_read.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", "The following device_map keys do not match", UserWarning)
+        safetensors = None if allow_pickle else True
+        module = load_module(source, files=files, dtype=DTYPES[dtype], use_safetensors=safetensors, **chosen, **options)
+        keep(module.eval().requires_grad_(False), shard, place)
     if inspect is not None:
         inspect(module, decoder_layers(module), shard)
     return module, load_tokenizer(path, **options)
@@ -149,7 +144,32 @@ def keep(module: Any, shard: Offloaded, device: torch.device) -> None:
     on_disk = _on_disk(module)
     remove_hook_from_submodules(module)  # the library's own, which would fetch what the shard has fetched
     inside = {name: tensor for name, tensor in module.state_dict().items() if tensor.device.type != "meta"}
-    shard.hold(module, OffloadedWeightsLoader(inside, index=on_disk), device)
+    shard.hold(module, _Kept(inside, on_disk), device)
+
+
+class _Kept(Mapping[str, Tensor]):
+    """Tensors in memory or in safetensors files, by full name.
+
+    The files are mapped from now on, so that they may be unlinked. ``index``: file, name in it and type by full name.
+    """
+
+    def __init__(self, inside: Mapping[str, Tensor], index: Mapping[str, Mapping[str, str]]) -> None:
+        self._inside, self._index = inside, index
+        paths = {place["safetensors_file"] for place in index.values()}
+        self._files: dict[str, Any] = {path: safe_open(path, framework="pt", device="cpu") for path in paths}
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name in self._inside:
+            return self._inside[name]
+        place = self._index[name]
+        found: Tensor = self._files[place["safetensors_file"]].get_tensor(place["weight_name"])
+        return found.to(getattr(torch, place["dtype"]))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self._inside, **self._index})
+
+    def __len__(self) -> int:
+        return len({**self._inside, **self._index})
 
 
 def _device_map(module: nn.Module, experts: set[nn.Module], prefix: str = "") -> dict[str, str]:
@@ -170,12 +190,12 @@ def _device_map(module: nn.Module, experts: set[nn.Module], prefix: str = "") ->
     return places
 
 
-def _on_disk(module: nn.Module) -> dict[str, Any]:
-    """Where the library wrote weights that it did not keep: file and name by full name."""
+def _on_disk(module: nn.Module) -> dict[str, dict[str, str]]:
+    """Where the weights are that the library did not keep: file, name in it and type, by full name."""
     for child in module.modules():
         kept = getattr(getattr(child, "_hf_hook", None), "weights_map", None)
         if isinstance(kept, PrefixedDataset):
-            index: dict[str, Any] = kept.dataset.index
+            index: dict[str, dict[str, str]] = kept.dataset.index
             return index
     return {}
 

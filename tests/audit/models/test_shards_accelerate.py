@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +184,23 @@ def test_weight_bytes_are_the_share_that_is_planned_for(checkpoints: dict[str, s
     assert ours.description.bytes == weights.total
 
 
-def test_the_folder_is_emptied_with_the_model(checkpoints: dict[str, str], tmp_path: Path) -> None:
-    ours = offload(checkpoint(checkpoints, "olmoe"), "disk", tmp_path)
-    (inside,) = tmp_path.iterdir()
-    assert any(inside.iterdir())
-    assert any(str(inside) in note for note in ours.description.notes)
-    del ours
-    gc.collect()
+def test_the_folder_is_empty_again_once_the_model_is_read(
+    checkpoints: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is written for one process cannot outlive it, also where it is killed: nothing has a name any more."""
+    source = checkpoint(checkpoints, "olmoe")
+    ours = offload(source, "disk", tmp_path)
+    assert not list(tmp_path.iterdir())
+    kept = {line.split()[-2] for line in Path("/proc/self/maps").read_text().splitlines() if "(deleted)" in line}
+    assert any(str(tmp_path) in path and "experts" in path for path in kept)
+    assert any(str(tmp_path) in note for note in ours.description.notes)
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise ModelError("it cannot be read")
+
+    monkeypatch.setattr(offloaded, "load_module", fail)
+    with pytest.raises(ModelError, match="it cannot be read"):
+        offload(source, "disk", tmp_path)
     assert not list(tmp_path.iterdir())
 
 
