@@ -41,6 +41,7 @@ from audit.engine.sweep import sweep, worlds_per_row
 from audit.engine.tables import effect_table, token_table
 from audit.interventions import NEEDS_CALIBRATION, Intervention, Scope
 from audit.models.moe_model import MoEModel
+from audit.models.shards.shard import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +150,7 @@ class Engine:
                         result = self._run(request, micro_batch)
                     break
                 except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-                    if not _out_of_memory(error) or micro_batch <= SMALLEST_MICRO_BATCH:
+                    if not out_of_memory(error) or micro_batch <= SMALLEST_MICRO_BATCH:
                         raise
                 micro_batch, halvings = micro_batch // 2, halvings + 1
                 log.warning("out of memory: going on with micro-batches of %d rows", micro_batch)
@@ -414,11 +415,3 @@ def _count_changes(result: Result, changes: dict[int, tuple[int, int]]) -> None:
             rows, otherwise = changes.get(effect.layer, (0, 0))
             changes[effect.layer] = (rows + end - first, otherwise + int(result.changed_P[first:end].sum()))
         first = end
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or "can't allocate memory" in str(error)
-        or "not enough memory" in str(error)
-    )

@@ -117,7 +117,8 @@ def prepare(
 
     engine, reason, dims, attention_modules = _try_sweep(module, layers)
     sites, ranges = _probe(module, sites)
-    linear_path: LinearPath = _linear_path(linear, module)
+    # What each rank times for itself may come out otherwise on each, and ranks must compute alike.
+    linear_path = _linear_path("torch" if linear == "auto" and shard.ranks > 1 else linear, module)
     path: dict[int, Experts] = {}
     chosen = "module"
     with torch.inference_mode(), OneDNNLinear() if linear_path == "onednn" else contextlib.nullcontext():

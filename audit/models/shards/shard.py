@@ -9,6 +9,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import ClassVar
 
+import torch
 from torch import nn
 
 
@@ -18,6 +19,15 @@ class ShardError(RuntimeError):
 
 class PeerOutOfMemoryError(MemoryError):
     """Another rank ran out of memory in the sweep that this one shares with it."""
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory ran out; torch has several for it."""
+    return (
+        isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        or "can't allocate memory" in str(error)
+        or "not enough memory" in str(error)
+    )
 
 
 # Looks at a model that was just read: the module, its decoder layers, how they are held.

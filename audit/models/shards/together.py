@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from audit.models.shards.shard import PeerOutOfMemoryError, ShardError
+from audit.models.shards.shard import PeerOutOfMemoryError, ShardError, out_of_memory
 from audit.observations.hashing import hash_words
 
 
@@ -161,15 +161,6 @@ class _Sum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         return gradient, None, None, None
-
-
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; torch has several for it."""
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or "can't allocate memory" in str(error)
-        or "not enough memory" in str(error)
-    )
 
 
 def hash_of(content: bytes) -> int:
