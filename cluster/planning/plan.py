@@ -16,7 +16,7 @@ from audit.engine.cost import Sizes
 from audit.models.memory import weights_of
 from audit.models.outline import outline, read_configuration
 from audit.models.shards.backends import has_own_tasks, is_divided, open_shard
-from audit.models.shards.choose import Choice, choose, machine_of
+from audit.models.shards.choose import Choice, choose, machine_of, why_undivided
 from audit.models.sources import resolve_device
 from audit.storage import is_url
 from cluster.driver.driver import Policy
@@ -140,6 +140,7 @@ def _choose(
         ranks=ranks,
         offload=asked["offload"],
         folder=model.offload_folder,
+        undivided=why_undivided(found.sites),
     )
 
 
