@@ -84,6 +84,17 @@ def test_ranks_with_tasks_of_their_own_give_the_bits_of_one_process_when_one_is_
     pd.testing.assert_frame_equal(effects_of(folder), whole, check_exact=True)
 
 
+def test_layers_on_disk_give_the_bits_of_one_process_and_leave_no_file(place: Path, whole: pd.DataFrame) -> None:
+    on_disk = place / "disk"
+    on_disk.mkdir()
+    config = audit_of(place, "accelerate", offload="nvme")
+    model = config.model.model_copy(update={"offload_folder": str(on_disk)})
+    specification = {**config.resolved(), "model": model.model_dump(mode="json")}
+    found = measured(place, "accelerate", AuditConfig.parse(specification, place))
+    pd.testing.assert_frame_equal(found, whole, check_exact=True)
+    assert not list(on_disk.iterdir())
+
+
 @pytest.mark.full
 def test_shared_tasks_are_exact_in_float64_and_keep_their_bits_when_a_rank_is_killed(place: Path) -> None:
     exact = measured(place, "exact", audit_of(place, "single", dtype="float64"))
