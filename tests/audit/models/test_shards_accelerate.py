@@ -21,8 +21,12 @@ from audit.models.memory import share_of, weights_of
 from audit.models.shards import offloaded
 from audit.models.shards.offloaded import Offloaded, load_offloaded
 
-DEFAULT = ("olmoe", "deepseek_v3", "gpt_oss")
-FAMILIES = [pytest.param(f, marks=[] if f in DEFAULT else [pytest.mark.full]) for f in SWEEP]
+DEFAULT = (("olmoe", "disk"), ("olmoe", "host"), ("deepseek_v3", "disk"), ("gpt_oss", "disk"))
+CASES = [
+    pytest.param(family, place, marks=[] if (family, place) in DEFAULT else [pytest.mark.full])
+    for family in SWEEP
+    for place in ("disk", "host")
+]
 SEQUENCES = texts([17, 6])
 LINEAR = "torch"  # auto is decided by a stopwatch, in each model anew
 POSITIONS = [np.arange(17), np.arange(6)]
@@ -62,8 +66,7 @@ def assert_same(ours: Measurement, reference: Measurement) -> None:
         pd.testing.assert_frame_equal(a.to_pandas(), b.to_pandas(), check_exact=True)
 
 
-@pytest.mark.parametrize("place", ["disk", "host"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "place"), CASES)
 def test_effects_have_the_same_bits_as_whole(
     family: str, place: str, checkpoints: dict[str, str], tmp_path: Path
 ) -> None:
