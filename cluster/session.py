@@ -40,6 +40,8 @@ def ray_session(cpus: int) -> Iterator[None]:
     """
     # A task's error is the driver's to tell; without this Ray prints it once more for every table it did not return.
     os.environ.setdefault("RAY_IGNORE_UNHANDLED_ERRORS", "1")
+    # A task that a node has no memory for, Ray starts again for ever and says nothing; after this often it is an error.
+    os.environ.setdefault("RAY_task_oom_retries", "3")
     with _quiet():
         if ray.is_initialized():
             yield
