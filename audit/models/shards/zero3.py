@@ -14,20 +14,19 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from audit.models.discovery import ModelError, whole_shape
+from audit.models.memory import Offload
 from audit.models.shards.division import agreed
 from audit.models.shards.lockstep import Lockstep
 from audit.models.shards.meeting import import_deepspeed, meet
 from audit.models.shards.shard import ModelShard
 from audit.models.sources import first_sentence
-
-Offload = Literal["none", "cpu", "nvme"]
 
 # DeepSpeed keeps a pinned buffer of the largest one's size per parameter on NVMe; those smaller than this part of the
 # layer's largest stay in host memory instead.

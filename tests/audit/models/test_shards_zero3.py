@@ -402,6 +402,7 @@ def test_shares_in_files(pair: Ranks, tmp_path: Path, monkeypatch: pytest.Monkey
 
     if not AsyncIOBuilder().is_compatible():
         pytest.skip("libaio is not installed")
+    AsyncIOBuilder().load(verbose=False)  # compiles for minutes, once
     assert pair.all(equal_from_files, str(tmp_path)) == [[2] * 4] * 2
 
 
@@ -414,11 +415,16 @@ def test_four_ranks() -> None:
 
 @pytest.mark.full
 def test_groups_that_come_and_go_leave_nothing_in_shared_memory() -> None:
-    before = set(os.listdir("/dev/shm"))
+    before = _shared_memory()
     for _ in range(5):
         with Ranks(2) as ranks:
             ranks.all(held)
-    assert set(os.listdir("/dev/shm")) <= before
+    assert _shared_memory() <= before
+
+
+def _shared_memory() -> set[str]:
+    """What DeepSpeed, torch or gloo have there; other processes of the machine come and go."""
+    return {name for name in os.listdir("/dev/shm") if name.startswith(("deepspeed", "torch", "gloo"))}
 
 
 @pytest.mark.full
