@@ -112,7 +112,8 @@ class EngineWorker:
         # Where ranks share one task, the others have what the first one has.
         self._answers = shard.own_tasks or place.rank == 0
         inspect = partial(require_weights, weights, config.model.source)
-        model = load_audited(config, resolved, checkpoint, shard, inspect)
+        with shard.task():  # it is tried on a probe
+            model = load_audited(config, resolved, checkpoint, shard, inspect)
         self._engine = make_engine(config, resolved, model)
         self._calibration: tuple[str, Calibration] | None = None
         draws = any(intervention.kind == "resample" for intervention in config.build_interventions())

@@ -12,7 +12,7 @@ import transformers
 
 from audit.config import AuditConfig, ConfigError, check_against
 from audit.corpus import build_corpus
-from audit.engine.cost import Sizes
+from audit.engine.cost import Sizes, working_bytes
 from audit.models.memory import weights_of
 from audit.models.outline import outline, read_configuration
 from audit.models.shards.backends import has_own_tasks, is_divided, open_shard
@@ -125,7 +125,7 @@ def _asked(config: AuditConfig) -> dict[str, Any]:
 def _choose(
     config: AuditConfig, asked: Mapping[str, Any], checkpoint: Checkpoint | None, device: torch.device
 ) -> Choice:
-    """The back end, before any weights are read."""
+    """The back end, before any weights are read. Raises ConfigError where the engine's budget is too small for it."""
     model = config.model
     source = model.location(config.folder)
     files = None if checkpoint is None else str(fetch(checkpoint))
@@ -133,7 +133,7 @@ def _choose(
     configuration = read_configuration(source, files=files, revision=model.revision, trust_remote_code=trust)
     found = outline(configuration, source=source, dtype=model.dtype, trust_remote_code=trust)
     ranks = config.cluster.ranks
-    return choose(
+    choice = choose(
         weights_of(found.module, found.layers, found.sites),
         machine_of(device, ranks),
         backend=asked["backend"],
@@ -142,6 +142,11 @@ def _choose(
         folder=model.offload_folder,
         undivided=why_undivided(found.sites),
     )
+    try:
+        working_bytes(Sizes(found, choice.share.device, device.type), int(config.engine.memory))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    return choice
 
 
 def _first_of_kind(config: AuditConfig, kind: str) -> int | None:

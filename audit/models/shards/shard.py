@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 
-class ShardError(RuntimeError):
+class ShardError(Exception):
     """The ranks of a group do not do the same; what they would compute together is nobody's effect."""
 
 
