@@ -14,9 +14,9 @@ from audit.config import ConfigError
 from audit.engine.cost import Sizes, room_for
 from audit.models.catalogue import NamedModel, named_model, names
 from audit.models.memory import Backend, Offload, Weights, share_of, weights_of
-from audit.models.outline import Outline, configuration_of, outline, read_configuration
+from audit.models.outline import Outline, configuration_of, outline
 from audit.models.shards.choose import Machine, choose, gib, label, lack, ranks_needed, why_undivided
-from audit.models.sources import DTYPES
+from audit.models.sources import DTYPES, read_configuration
 from jobs.console import print_table, say
 
 _DEVICE_MEMORY = 80 * 2**30  # of the commonest data-centre GPU

@@ -94,11 +94,11 @@ def _sweep_fails(model: MoEModel, probe: TokenSequence, layers: list[int]) -> st
     both = found[0].merge(found[1], on=key, suffixes=("", "_oracle"))
     tolerance = _TOLERANCES[model.dtype][2]
     apart = (both["kl"] - both["kl_oracle"]).abs() > tolerance * both["kl_oracle"].clip(lower=1.0)
-    asked = len(found[0])
-    differing = int(apart.sum()) + asked - len(both)  # those of experts that a whole forward does not route to, too
+    rows = len(found[0])
+    differing = int(apart.sum()) + rows - len(both)  # those of experts that a whole forward does not route to, too
     # In low precision a row near a tie may be routed otherwise; that is what the noise floor reports.
-    if differing > 0.2 * asked:
-        return f"{differing} of {asked} probed effects differ from whole forwards, or are of other experts"
+    if differing > 0.2 * rows:
+        return f"{differing} of {rows} probed effects differ from whole forwards, or are of other experts"
     return None
 
 

@@ -7,12 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
 
-from audit.models.discovery import ModelError, Site, decoder_layers, find_sites, whole_shape
-from audit.models.sources import library_errors, resolve_source
+from audit.models.discovery import ModelError, Site, whole_shape
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,36 +32,6 @@ class ModelDescription:
     engine: str  # "sweep" or "oracle"
     engine_reason: str
     notes: list[str] = field(default_factory=list)
-
-
-def describe(
-    source: str, *, files: str | None = None, revision: str | None = None, trust_remote_code: bool = False
-) -> ModelDescription:
-    """What a checkpoint holds, from its configuration alone: no weights are read, no memory is taken.
-
-    ``files``: the folder that the files of a ``source`` which is a URL were fetched to.
-    """
-    path = resolve_source(source, files)
-    with library_errors(source, "read", "a folder with a checkpoint or a hub model"):
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-        with torch.device("meta"):
-            module = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=trust_remote_code, attn_implementation="eager"
-            )
-    text = text_config(config)
-    layers = decoder_layers(module)
-    sites = find_sites(layers)
-    return description_of(
-        module,
-        text,
-        len(layers),
-        sites,
-        source=source,
-        top_k=configured_top_k(text),
-        size=2 * sum(p.numel() for p in module.parameters()),
-        engine=("unknown", "decided when the weights are loaded"),
-        notes=["read from the configuration; bytes are for two bytes per parameter"],
-    )
 
 
 def description_of(

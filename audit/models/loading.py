@@ -23,14 +23,7 @@ from audit.models.rows import Rows, clean_forward
 from audit.models.seam import record_calls, replaced, tensors_in
 from audit.models.shards.backends import load_onto
 from audit.models.shards.shard import Inspect, ModelShard
-from audit.models.sources import (
-    DTYPES,
-    first_sentence,
-    load_module,
-    load_tokenizer,
-    resolve_device,
-    resolve_source,
-)
+from audit.models.sources import Reading, first_sentence
 
 
 def load_model(
@@ -55,35 +48,22 @@ def load_model(
 
     Raises ModelError, one sentence, where the checkpoint cannot be read or is not a model that can be audited.
     """
+    reading = Reading(
+        source=source,
+        files=files,
+        revision=revision,
+        dtype=dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+        allow_pickle=allow_pickle,
+    )
     if shard is not None and shard.backend != "single":
-        module, tokenizer = load_onto(
-            source,
-            shard,
-            files=files,
-            revision=revision,
-            dtype=dtype,
-            device=device,
-            trust_remote_code=trust_remote_code,
-            allow_pickle=allow_pickle,
-            inspect=inspect,
-        )
+        module, tokenizer = load_onto(reading, shard, inspect)
         return prepare(module, tokenizer, source=source, experts=experts, linear=linear, shard=shard)
-    if dtype not in DTYPES:
-        raise ModelError(f"model.dtype: {dtype!r} is unknown; known are {', '.join(DTYPES)}")
-    place = resolve_device(device)
-    path = resolve_source(source, files)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    # The library's default experts code refuses float64, and on a CPU its plain loop is the faster of the two.
-    implementation = "eager" if place.type == "cpu" or dtype == "float64" else None
-    module = load_module(
-        source, files=files, dtype=DTYPES[dtype], use_safetensors=None if allow_pickle else True,
-        attn_implementation="eager",
-        **({"experts_implementation": implementation} if implementation else {}), **options,
-    )  # fmt: skip
+    place, module = reading.place, reading.module()
     if inspect is not None:
         inspect(module, decoder_layers(module), ModelShard())
-    tokenizer = load_tokenizer(path, **options)
-    return prepare(module.to(place), tokenizer, source=source, experts=experts, linear=linear)
+    return prepare(module.to(place), reading.tokenizer(), source=source, experts=experts, linear=linear)
 
 
 def prepare(

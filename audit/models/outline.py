@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from audit.models.description import ModelDescription, configured_top_k, description_of, text_config
 from audit.models.discovery import ModelError, Site, decoder_layers, find_sites
-from audit.models.sources import DTYPES, library_errors, resolve_source
+from audit.models.sources import DTYPES, field_errors, library_errors, read_configuration
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,15 +25,6 @@ class Outline:
     device: torch.device
 
 
-def read_configuration(
-    source: str, *, files: str | None = None, revision: str | None = None, trust_remote_code: bool = False
-) -> Any:
-    """The configuration of a checkpoint in a folder, on the hub, or of the embedded one. Raises ModelError."""
-    path = resolve_source(source, files)
-    with library_errors(source, "read", "a folder with a checkpoint or a hub model"), _field_errors():
-        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
-
-
 def configuration_of(fields: dict[str, Any], source: str) -> Any:
     """The configuration that has these fields, ``model_type`` among them; the others as its class has them.
 
@@ -44,17 +32,8 @@ def configuration_of(fields: dict[str, Any], source: str) -> Any:
     """
     known = dict(fields)
     family = known.pop("model_type", None)
-    with library_errors(source, "built", "fields that its configuration class takes"), _field_errors():
+    with library_errors(source, "built", "fields that its configuration class takes"), field_errors():
         return AutoConfig.for_model(family, **known)
-
-
-@contextmanager
-def _field_errors() -> Iterator[None]:
-    """Within the block what configuration classes raise for a wrong field is a ValueError of one line."""
-    try:
-        yield
-    except (TypeError, AttributeError, StrictDataclassError) as error:
-        raise ValueError(" ".join(str(error).split())) from error
 
 
 def outline(
@@ -88,3 +67,14 @@ def outline(
         notes=[f"read from the configuration; bytes are for {dtype}"],
     )
     return Outline(module, layers, sites, description, torch.device(device))
+
+
+def describe(
+    source: str, *, files: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> ModelDescription:
+    """What a checkpoint holds, from its configuration alone: no weights are read, no memory is taken.
+
+    ``files``: the folder that the files of a ``source`` which is a URL were fetched to.
+    """
+    configuration = read_configuration(source, files=files, revision=revision, trust_remote_code=trust_remote_code)
+    return outline(configuration, source=source, trust_remote_code=trust_remote_code).description

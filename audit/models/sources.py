@@ -1,14 +1,16 @@
-"""What the specification names: where a checkpoint lies, on which device and in which precision it is to run."""
+"""What the specification names: where a checkpoint lies, how it is read, on which device and how precisely it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub.errors import StrictDataclassError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from audit.demo import CHECKPOINT
 from audit.models.discovery import ModelError
@@ -99,3 +101,83 @@ def first_sentence(error: BaseException) -> str:
     """The first line of an error's text, for a sentence that quotes it."""
     lines = str(error).strip().splitlines()
     return lines[0][:300].rstrip(".") if lines else type(error).__name__
+
+
+@contextmanager
+def field_errors() -> Iterator[None]:
+    """Within the block what configuration classes raise for a wrong field is a ValueError of one line."""
+    try:
+        yield
+    except (TypeError, AttributeError, StrictDataclassError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
+
+
+def read_configuration(
+    source: str, *, files: str | None = None, revision: str | None = None, trust_remote_code: bool = False
+) -> Any:
+    """The configuration of a checkpoint in a folder, on the hub, or of the embedded one. Raises ModelError."""
+    path = resolve_source(source, files)
+    with library_errors(source, "read", "a folder with a checkpoint or a hub model"), field_errors():
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=trust_remote_code)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reading:
+    """A checkpoint and how it is read: the section ``model`` of a specification.
+
+    ``files``: the folder that the files of a ``source`` which is a URL were fetched to. Everything here raises
+    ModelError, one sentence, where the checkpoint cannot be read so.
+    """
+
+    source: str
+    files: str | None = None
+    revision: str | None = None
+    dtype: str = "float32"
+    device: str = "auto"
+    trust_remote_code: bool = False
+    allow_pickle: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise ModelError(f"model.dtype: {self.dtype!r} is unknown; known are {', '.join(DTYPES)}")
+
+    @property
+    def place(self) -> torch.device:
+        """The device that will compute."""
+        return resolve_device(self.device)
+
+    def module(self, **options: Any) -> Any:
+        """The model with its weights, on the CPU."""
+        return load_module(
+            self.source,
+            files=self.files,
+            revision=self.revision,
+            dtype=DTYPES[self.dtype],
+            trust_remote_code=self.trust_remote_code,
+            use_safetensors=None if self.allow_pickle else True,
+            **self._code(),
+            **options,
+        )
+
+    def skeleton(self) -> Any:
+        """The model without weights."""
+        configuration = self.configuration()
+        with library_errors(self.source, "built", "a model that transformers can build"), torch.device("meta"):
+            return AutoModelForCausalLM.from_config(
+                configuration, dtype=DTYPES[self.dtype], trust_remote_code=self.trust_remote_code, **self._code()
+            )
+
+    def configuration(self) -> Any:
+        return read_configuration(
+            self.source, files=self.files, revision=self.revision, trust_remote_code=self.trust_remote_code
+        )
+
+    def tokenizer(self) -> Any:
+        """The checkpoint's tokenizer, or None where it has none."""
+        path = resolve_source(self.source, self.files)
+        return load_tokenizer(path, revision=self.revision, trust_remote_code=self.trust_remote_code)
+
+    def _code(self) -> dict[str, str]:
+        # The library's default experts code refuses float64, and on a CPU its plain loop is the faster of the two.
+        plain = self.place.type == "cpu" or self.dtype == "float64"
+        return {"attn_implementation": "eager", **({"experts_implementation": "eager"} if plain else {})}

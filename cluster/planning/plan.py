@@ -14,10 +14,10 @@ from audit.config import AuditConfig, ConfigError, check_against
 from audit.corpus import build_corpus
 from audit.engine.cost import Sizes, working_bytes
 from audit.models.memory import weights_of
-from audit.models.outline import outline, read_configuration
+from audit.models.outline import outline
 from audit.models.shards.backends import has_own_tasks, is_divided, open_shard
 from audit.models.shards.choose import Choice, choose, machine_of, why_undivided
-from audit.models.sources import resolve_device
+from audit.models.sources import read_configuration, resolve_device
 from audit.storage import is_url
 from cluster.driver.driver import Policy
 from cluster.driver.group import Shape

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from audit.models.memory import Backend, Offload
-from audit.models.shards.shard import ModelShard
+from audit.models.shards.shard import Inspect, ModelShard
+from audit.models.sources import Reading
 
 
 def is_divided(backend: Backend) -> bool:
@@ -55,12 +56,12 @@ def open_shard(
             return DeepSpeedTensorParallel(rank, ranks, device=device, timeout=timeout)
 
 
-def load_onto(source: str, shard: Any, **options: Any) -> tuple[Any, Any]:
+def load_onto(reading: Reading, shard: Any, inspect: Inspect | None = None) -> tuple[Any, Any]:
     """The model of a checkpoint as ``shard`` holds it, and its tokenizer. Raises ModelError."""
     if is_divided(shard.backend):
         from audit.models.shards.division import load_divided  # noqa: PLC0415
 
-        return load_divided(source, shard, **options)
+        return load_divided(reading, shard, inspect)
     from audit.models.shards.offloaded import load_offloaded  # noqa: PLC0415
 
-    return load_offloaded(source, shard, **options)
+    return load_offloaded(reading, shard, inspect)

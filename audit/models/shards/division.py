@@ -15,20 +15,12 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoModelForCausalLM
 
 from audit.models.discovery import ModelError, decoder_layers
 from audit.models.seam import LayerCall, first_tensor, record_calls
 from audit.models.shards.shard import Inspect, ModelShard
-from audit.models.sources import (
-    DTYPES,
-    first_sentence,
-    library_errors,
-    load_module,
-    load_tokenizer,
-    resolve_device,
-    resolve_source,
-)
+from audit.models.sources import Reading, first_sentence
 
 _PROBE_ROWS = 16
 T = TypeVar("T")
@@ -52,45 +44,20 @@ class Divider(Protocol):
     def task(self) -> AbstractContextManager[None]: ...
 
 
-def load_divided(
-    source: str,
-    shard: Divider,
-    *,
-    files: str | None = None,
-    revision: str | None = None,
-    dtype: str = "float32",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    inspect: Inspect | None = None,
-) -> tuple[Any, Any]:
+def load_divided(reading: Reading, shard: Divider, inspect: Inspect | None = None) -> tuple[Any, Any]:
     """The model of a checkpoint, divided over the ranks of ``shard``, and its tokenizer, on every rank.
 
-    All ranks call it together; arguments as of :func:`audit.models.loading.load_model`. Raises ModelError on every rank
-    where one of them cannot go on.
+    All ranks call it together; rank 0 calls ``inspect`` with the model before it is divided. Raises ModelError on every
+    rank where one of them cannot go on.
     """
 
     def read() -> tuple[Any, Any, torch.device]:
-        if dtype not in DTYPES:
-            raise ModelError(f"model.dtype: {dtype!r} is unknown; known are {', '.join(DTYPES)}")
-        place = resolve_device(device)
-        path = resolve_source(source, files)
-        options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-        # As in load_model: the default experts code refuses float64, and is the slower one on a CPU.
-        eager = place.type == "cpu" or dtype == "float64"
-        chosen = {"attn_implementation": "eager", **({"experts_implementation": "eager"} if eager else {})}
-        tokenizer = load_tokenizer(path, **options)
-        if shard.rank == 0:
-            safetensors = None if allow_pickle else True
-            module = load_module(
-                source, files=files, dtype=DTYPES[dtype], use_safetensors=safetensors, **chosen, **options
-            )
-            if inspect is not None:
-                inspect(module, decoder_layers(module), ModelShard())
-            return module, tokenizer, place
-        with library_errors(source, "read", "a folder with a checkpoint or a hub model"):
-            config = AutoConfig.from_pretrained(path, **options)
-            module = skeleton(config, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, **chosen)
+        tokenizer, place = reading.tokenizer(), reading.place
+        if shard.rank:
+            return reading.skeleton(), tokenizer, place
+        module = reading.module()
+        if inspect is not None:
+            inspect(module, decoder_layers(module), ModelShard())
         return module, tokenizer, place
 
     module, tokenizer, place = agreed(shard, read)

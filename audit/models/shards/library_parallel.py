@@ -19,11 +19,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
-from audit.models.discovery import ModelError
 from audit.models.shards.meeting import meet
 from audit.models.shards.shard import ModelShard
 from audit.models.shards.together import over_processes
-from audit.models.sources import DTYPES, load_module, load_tokenizer, resolve_device, resolve_source
+from audit.models.sources import Reading
 
 
 class TransformersParallel(ModelShard):
@@ -50,34 +49,9 @@ class TransformersParallel(ModelShard):
         return sum(p.numel() * p.element_size() for p in held)
 
 
-def load_parallel(
-    source: str,
-    shard: TransformersParallel,
-    *,
-    files: str | None = None,
-    revision: str | None = None,
-    dtype: str = "float32",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-) -> tuple[Any, Any]:
-    """This rank's share of a checkpoint's model, and the tokenizer. Arguments as of ``load_model``.
+def load_parallel(reading: Reading, shard: TransformersParallel) -> tuple[Any, Any]:
+    """This rank's share of a checkpoint's model, and the tokenizer.
 
     All ranks call it together. Raises ModelError where the library cannot divide the family, or a name is unknown.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"model.dtype: {dtype!r} is unknown; known are {', '.join(DTYPES)}")
-    place = resolve_device(device)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    eager = place.type == "cpu" or dtype == "float64"  # as in load_model
-    module = load_module(
-        source,
-        files=files,
-        dtype=DTYPES[dtype],
-        use_safetensors=None if allow_pickle else True,
-        attn_implementation="eager",
-        distributed_config=DistributedConfig(tp_size=shard.ranks),
-        **({"experts_implementation": "eager"} if eager else {}),
-        **options,
-    )
-    return module, load_tokenizer(resolve_source(source, files), **options)
+    return reading.module(distributed_config=DistributedConfig(tp_size=shard.ranks)), reading.tokenizer()

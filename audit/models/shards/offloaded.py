@@ -20,11 +20,10 @@ from accelerate.utils import PrefixedDataset, set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from audit.models.discovery import ModelError, decoder_layers
+from audit.models.discovery import ModelError, decoder_layers, find_sites
 from audit.models.memory import Offload
-from audit.models.outline import outline, read_configuration
 from audit.models.shards.shard import Inspect, ModelShard
-from audit.models.sources import DTYPES, load_module, load_tokenizer, resolve_device, resolve_source
+from audit.models.sources import Reading
 
 
 class Offloaded(ModelShard):
@@ -95,48 +94,28 @@ class Offloaded(ModelShard):
                 set_module_tensor_to_device(module, name, "meta", clear_cache=False)
 
 
-def load_offloaded(
-    source: str,
-    shard: Offloaded,
-    *,
-    files: str | None = None,
-    revision: str | None = None,
-    dtype: str = "float32",
-    device: str = "auto",
-    trust_remote_code: bool = False,
-    allow_pickle: bool = False,
-    inspect: Inspect | None = None,
-) -> tuple[Any, Any]:
+def load_offloaded(reading: Reading, shard: Offloaded, inspect: Inspect | None = None) -> tuple[Any, Any]:
     """The model of a checkpoint, its decoder layers kept by ``shard``, and its tokenizer.
 
-    Arguments as of :func:`audit.models.loading.load_model`. With a folder, experts go there as they are read, so that
-    host memory for one layer's is enough. Raises ModelError.
+    With a folder, experts go there as they are read, so that host memory for one layer's is enough. ``inspect`` is
+    called with the model. Raises ModelError.
     """
-    if dtype not in DTYPES:
-        raise ModelError(f"model.dtype: {dtype!r} is unknown; known are {', '.join(DTYPES)}")
-    place = resolve_device(device)
-    path = resolve_source(source, files)
-    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
-    # As in load_model: the default experts code refuses float64, and is the slower one on a CPU.
-    eager = place.type == "cpu" or dtype == "float64"
-    chosen: dict[str, Any] = {"attn_implementation": "eager", **({"experts_implementation": "eager"} if eager else {})}
+    place, chosen = reading.place, dict[str, Any]()
     # As long as the files are open, their folder is not needed.
     with contextlib.ExitStack() as until_read:
         if shard.folder is not None:
             written = until_read.enter_context(tempfile.TemporaryDirectory(prefix="moe-audit-", dir=shard.folder))
-            configuration = read_configuration(source, files=files, **options)
-            found = outline(configuration, source=source, dtype=dtype, trust_remote_code=trust_remote_code)
-            experts = {site.experts for site in found.sites.values()}
-            chosen |= {"device_map": _device_map(found.module, experts), "offload_folder": written}
+            empty = reading.skeleton()
+            experts = {site.experts for site in find_sites(decoder_layers(empty)).values()}
+            chosen |= {"device_map": _device_map(empty, experts), "offload_folder": written}
             # accelerate wants to be told of every buffer, and then calls it unknown.
             until_read.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "The following device_map keys do not match", UserWarning)
-        safetensors = None if allow_pickle else True
-        module = load_module(source, files=files, dtype=DTYPES[dtype], use_safetensors=safetensors, **chosen, **options)
+        module = reading.module(**chosen)
         keep(module.eval().requires_grad_(False), shard, place)
     if inspect is not None:
         inspect(module, decoder_layers(module), shard)
-    return module, load_tokenizer(path, **options)
+    return module, reading.tokenizer()
 
 
 def keep(module: Any, shard: Offloaded, device: torch.device) -> None:

@@ -17,9 +17,10 @@ from audit.models import prepare
 from audit.models.catalogue import named_model, names
 from audit.models.discovery import ModelError
 from audit.models.memory import Backend, LayerWeights, Offload, Share, Weights, share_of, weights_of
-from audit.models.outline import Outline, configuration_of, outline, read_configuration
+from audit.models.outline import Outline, configuration_of, outline
 from audit.models.shards.backends import open_shard
 from audit.models.shards.division import divide_module
+from audit.models.sources import read_configuration
 
 # As the authors of each model state them, in billions; GLM-4.5 with a layer that transformers' model does not have.
 PUBLISHED = {

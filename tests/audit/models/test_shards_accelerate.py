@@ -20,6 +20,7 @@ from audit.models.discovery import ModelError
 from audit.models.memory import share_of, weights_of
 from audit.models.shards import offloaded
 from audit.models.shards.offloaded import Offloaded, load_offloaded
+from audit.models.sources import Reading
 
 DEFAULT = (("olmoe", "disk"), ("olmoe", "host"), ("deepseek_v3", "disk"), ("gpt_oss", "disk"))
 CASES = [
@@ -47,7 +48,7 @@ def checkpoint(known: dict[str, str], family: str) -> str:
 
 def offload(source: str, place: str, folder: Path, dtype: str = "float32") -> MoEModel:
     shard = Offloaded("nvme" if place == "disk" else "cpu", str(folder))
-    module, tokenizer = load_offloaded(source, shard, dtype=dtype, device="cpu")
+    module, tokenizer = load_offloaded(Reading(source=source, dtype=dtype, device="cpu"), shard)
     return validate(prepare(module, tokenizer, linear=LINEAR, shard=shard))
 
 
@@ -120,7 +121,7 @@ def test_types_and_values_stay_as_they_were_read(
     source = checkpoint(checkpoints, family)
     whole = load_model(source, dtype=dtype, device="cpu")
     shard = Offloaded("nvme", str(tmp_path))
-    ours = prepare(load_offloaded(source, shard, dtype=dtype, device="cpu")[0], shard=shard)
+    ours = prepare(load_offloaded(Reading(source=source, dtype=dtype, device="cpu"), shard)[0], shard=shard)
     names = [name for name, _ in whole.module.named_parameters()]
     assert [name for name, _ in ours.module.named_parameters()] == names
     for number, layer in enumerate(ours.layers):
@@ -201,7 +202,7 @@ def test_the_folder_is_empty_again_once_the_model_is_read(
     def fail(*args: Any, **kwargs: Any) -> None:
         raise ModelError("it cannot be read")
 
-    monkeypatch.setattr(offloaded, "load_module", fail)
+    monkeypatch.setattr(Reading, "module", fail)
     with pytest.raises(ModelError, match="it cannot be read"):
         offload(source, "disk", tmp_path)
     assert not list(tmp_path.iterdir())

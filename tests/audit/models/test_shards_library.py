@@ -17,6 +17,7 @@ from audit.engine.validate import validate
 from audit.interventions import Intervention
 from audit.models import prepare
 from audit.models.shards.library_parallel import TransformersParallel, load_parallel
+from audit.models.sources import Reading
 from audit.models.weights import weight_metrics
 
 pytestmark = pytest.mark.full
@@ -30,7 +31,7 @@ def two() -> Iterator[Ranks]:
 
 def audit_of(rank: int, folder: str, interventions: list[Intervention]) -> tuple[pd.DataFrame, dict[str, Any]]:
     shard = TransformersParallel(rank, dist.get_world_size(), device=torch.device("cpu"))
-    module, _ = load_parallel(folder, shard, device="cpu")
+    module, _ = load_parallel(Reading(source=folder, device="cpu"), shard)
     model = validate(prepare(module, shard=shard, linear="torch"))
     told = {
         "held": shard.weight_bytes(model.layers, model.module),

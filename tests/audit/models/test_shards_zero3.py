@@ -28,6 +28,7 @@ from audit.models import MoEModel, prepare
 from audit.models.discovery import ModelError
 from audit.models.shards.division import divide_module, load_divided, skeleton
 from audit.models.shards.zero3 import DeepSpeedZero3
+from audit.models.sources import Reading
 from audit.pruning import PrunedForward
 
 ASKED = ["olmoe", "qwen2_moe", "deepseek_v2", "mixtral", "qwen3_moe", "gpt_oss", "deepseek_v3", "glm4_moe"]
@@ -244,14 +245,14 @@ def equal_from_files(rank: int, folder: str) -> list[int]:
 
 def types_of(rank: int, folder: str) -> dict[str, str]:
     shard = DeepSpeedZero3(rank, dist.get_world_size(), device=CPU)
-    module, _ = load_divided(folder, shard, dtype="bfloat16", device="cpu")
+    module, _ = load_divided(Reading(source=folder, dtype="bfloat16", device="cpu"), shard)
     return {name: str(p.dtype) for name, p in [*module.named_parameters(), *module.named_buffers()]}
 
 
 def refused(rank: int, *folders: str) -> str:
     shard = DeepSpeedZero3(rank, dist.get_world_size(), device=CPU)
     with pytest.raises(ModelError) as error:
-        load_divided(folders[rank], shard, device="cpu")
+        load_divided(Reading(source=folders[rank], device="cpu"), shard)
     return str(error.value)
 
 
