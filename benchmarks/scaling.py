@@ -140,7 +140,7 @@ def drive_ray(tasks: int, count: int) -> float:
     """Tasks per second through ``count`` groups on Ray whose worker has nothing to do."""
     folder = tempfile.mkdtemp(prefix="scaling-driver-")
     with ray_session(count):
-        fleet = RayFleet(NoWork, Shape(), name="scaling", hang_seconds=600.0)
+        fleet = RayFleet(NoWork, Shape(), name="scaling", patience=600.0)
         scale = Scale(min_groups=1, max_groups=count)
         run = Driver(fleet, SeenTasks(), RunFolder(folder), Policy(), scale, NoDisplay())
         run.run("warm up", make_tasks(10 * count), {})

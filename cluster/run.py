@@ -31,8 +31,8 @@ from cluster.worker import Worker, make_worker
 # How many ranks hold a model together is no such thing: they add up an expert mixture in another order.
 FREE = (
     ("name",),
-    *(("cluster", key) for key in ("min_groups", "max_groups", "target_minutes", "max_attempts", "hang_minutes")),
-    *(("cluster", key) for key in ("commit_results", "commit_bytes")),
+    *(("cluster", key) for key in ("min_groups", "max_groups", "target_minutes", "max_attempts")),
+    *(("cluster", key) for key in ("hang_minutes", "load_minutes", "commit_results", "commit_bytes")),
 )
 
 
@@ -120,7 +120,7 @@ def execute(job: Job, folder: RunFolder, display: Display) -> Outcome:
                     partial(make_worker, job.make_worker, folder.url),
                     job.shape,
                     name=f"moe-audit-{uuid.uuid4().hex[:8]}",
-                    hang_seconds=job.policy.hang_seconds,
+                    patience=max(job.policy.hang_seconds, job.policy.load_seconds),
                 )
                 committer = FolderCommitter(folder, job.digest, display.say)
                 driver = Driver(

@@ -257,7 +257,9 @@ class ClusterConfig(Section):
     ranks: int = Field(default=1, ge=1, description="a whole number of at least 1: processes that hold one model")
     task_minutes: float = Field(default=0.25, gt=0, description="a number of minutes above 0")
     max_attempts: int = Field(default=3, ge=1, description="a whole number of at least 1")
+    # How long a task, and loading the model, may take until the group is ended and another one tries.
     hang_minutes: float = Field(default=30, gt=0, description="a number of minutes above 0")
+    load_minutes: float = Field(default=60, gt=0, description="a number of minutes above 0")
     # A commit begins when this much is gathered, whichever comes first, or after a minute.
     commit_results: int = Field(default=64, ge=1, description="a whole number of tasks of at least 1")
     commit_bytes: Annotated[ByteSize, Field(gt=0)] = Field(

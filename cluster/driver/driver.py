@@ -4,7 +4,7 @@ All recovery is decided here, in one loop that reads like a program on one machi
 
 - a task that raises is tried again, then quarantined with the error's text;
 - a lost group is replaced; the tasks it was running are blamed (see ``ledger``), one not ready blames nobody;
-- no answer within ``hang_seconds`` is a loss, waiting for resources is not;
+- no answer within ``hang_seconds``, or ``load_seconds`` of loading, is a loss, waiting for resources is not;
 - too many losses in a row, or too many tasks given up, with nothing finished in between end the run.
 """
 
@@ -33,6 +33,7 @@ _SHOW_SECONDS = 0.1  # between two looks at the bar
 _PROGRESS_SECONDS = 10.0  # between lines of progress.jsonl
 _IDLE_SECONDS = 60.0  # how long a group is kept that only a later stage has tasks for
 _SHORTAGE_SECONDS = 30.0, 300.0  # until it is said that groups wait for resources, and between two times
+_LATE_SECONDS = 1.0  # between two looks for groups that should have answered
 _STARVED_SECONDS = 30.0  # so long a commit may run before it is asked whether it has a CPU, and between two times
 
 
@@ -50,7 +51,8 @@ class Policy:
 
     max_attempts: int = 3
     hopeless: int = 5  # so many quarantined tasks and not one result: it is not the tasks
-    hang_seconds: float = 1800.0  # for a task, and for loading the model
+    hang_seconds: float = 1800.0  # for a task, or a sign of life
+    load_seconds: float = 3600.0  # for loading the model
     commit_results: int = 64
     commit_bytes: int = 256 << 20
     commit_seconds: float = 60.0
@@ -98,7 +100,8 @@ class Driver:
         self._losses = self._losses_in_a_row = 0
         self._most_groups: int | None = None
         self._say_shortage_at = self._begun + _SHORTAGE_SECONDS[0]
-        self._launch_after = self._look_again = self._shown = self._progress_written = -math.inf
+        self._launch_after = self._look_again = self._look_for_late_at = -math.inf
+        self._shown = self._progress_written = -math.inf
 
     def run(self, name: str, tasks: Sequence[Task], done: Container[str], later: Sequence[Task] = ()) -> Ledger:
         """Bring every task to a manifest or into quarantine; raises RunError, or Stopped when asked to stop.
@@ -115,8 +118,7 @@ class Driver:
             self._hand_out(stage)
             for group, question in self._pool.answered(_WAIT_SECONDS if self._pool.asked else _COMMIT_SECONDS):
                 self._settle(group, question, stage)
-            for group, question in self._pool.overdue(self._policy.hang_seconds):
-                self._lose(group, question, f"no answer within {_time(self._policy.hang_seconds)}", stage)
+            self._end_late_groups(stage)
             self._commit(stage)
             self._report(stage)
         self._hold_groups(stage)
@@ -208,6 +210,17 @@ class Driver:
         while self._pool.idle and (attempts := self._take(stage)):
             stage.meter.begin(self._clock())
             self._pool.submit(attempts)
+
+    def _end_late_groups(self, stage: _Stage) -> None:
+        if self._clock() < self._look_for_late_at:
+            return
+        self._look_for_late_at = self._clock() + _LATE_SECONDS
+        for group, question in self._pool.overdue(self._limit):
+            self._lose(group, question, f"no answer within {_time(self._limit(question))}", stage)
+
+    def _limit(self, question: Question) -> float:
+        """Seconds within which it must be answered."""
+        return self._policy.load_seconds if question.kind == "load" else self._policy.hang_seconds
 
     def _take(self, stage: _Stage) -> list[Attempt]:
         """What one idle group is to do next: its share of what waits, so that no other idle group goes without."""

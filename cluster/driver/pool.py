@@ -22,7 +22,7 @@ class Question:
 
 
 class Pool:
-    """Launches, asks and ends groups. Nothing here takes longer where there are more groups, but giving one back."""
+    """Launches, asks and ends groups. Only giving some back and looking for late ones takes longer with more groups."""
 
     def __init__(self, fleet: Fleet, *, clock: Callable[[], float] = time.monotonic) -> None:
         self._fleet, self._clock = fleet, clock
@@ -93,12 +93,12 @@ class Pool:
                 self.loading -= question.kind == "load"
                 yield group, question
 
-    def overdue(self, seconds: float) -> Iterator[tuple[Group, Question]]:
+    def overdue(self, limit: Callable[[Question], float]) -> Iterator[tuple[Group, Question]]:
         """Groups that have not answered within so many seconds since they were asked; waiting for resources is free."""
-        while self._asked:
-            group, question = next(iter(self._asked.items()))
-            if self._clock() - question.since <= seconds:
-                return
+        now = self._clock()
+        for group, question in list(self._asked.items()):
+            if now - question.since <= limit(question):
+                continue
             del self._asked[group]
             self.loading -= question.kind == "load"
             yield group, question

@@ -107,7 +107,7 @@ class EngineWorker:
             ranks=place.ranks,
             offload=resolved["offload"],
             folder=config.model.offload_folder,
-            seconds=config.cluster.hang_minutes * 60,
+            seconds=60 * max(config.cluster.hang_minutes, config.cluster.load_minutes),
         )
         # Where ranks share one task, the others have what the first one has.
         self._answers = shard.own_tasks or place.rank == 0

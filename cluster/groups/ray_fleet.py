@@ -74,7 +74,7 @@ class RayGroup:
     def _load(self, address: str) -> None:
         backend = "nccl" if self._fleet.shape.gpus else "gloo"
         places = [Place(rank, len(self._ranks), address) for rank in range(len(self._ranks))]
-        seconds = self._fleet.hang_seconds
+        seconds = self._fleet.patience
         self._ask(
             [actor.load.remote(place, backend, seconds) for actor, place in zip(self._ranks, places, strict=True)]
         )
@@ -141,10 +141,13 @@ def _disagreement(answers: Sequence[Any]) -> TaskError | None:
 
 
 class RayFleet:
-    """Groups on the connected Ray cluster. Answers come to ``told``, from a thread of Ray's, as they arrive."""
+    """Groups on the connected Ray cluster. Answers come to ``told``, from a thread of Ray's, as they arrive.
 
-    def __init__(self, make_worker: Callable[[Place], Worker], shape: Shape, *, name: str, hang_seconds: float) -> None:
-        self.shape, self.namespace, self.hang_seconds = shape, name, hang_seconds
+    ``patience``: seconds that a rank waits for the others of its group.
+    """
+
+    def __init__(self, make_worker: Callable[[Place], Worker], shape: Shape, *, name: str, patience: float) -> None:
+        self.shape, self.namespace, self.patience = shape, name, patience
         self.make_worker = ray.put(ray.cloudpickle.dumps(make_worker))
         self.rank = ray.remote(max_restarts=0, max_task_retries=0)(Rank)
         self.told: SimpleQueue[tuple[_Question, Future[Any]]] = SimpleQueue()

@@ -103,6 +103,7 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
         policy=Policy(
             max_attempts=config.cluster.max_attempts,
             hang_seconds=config.cluster.hang_minutes * 60,
+            load_seconds=config.cluster.load_minutes * 60,
             commit_results=config.cluster.commit_results,
             commit_bytes=int(config.cluster.commit_bytes),
         ),

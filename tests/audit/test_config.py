@@ -68,6 +68,7 @@ DEFAULTS = {
         "task_minutes": 0.25,
         "max_attempts": 3,
         "hang_minutes": 30.0,
+        "load_minutes": 60.0,
         "commit_results": 64,
         "commit_bytes": 268435456,
     },

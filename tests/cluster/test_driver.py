@@ -398,7 +398,7 @@ def test_a_hang_counts_from_when_a_task_runs_and_not_while_resources_are_waited_
 
 
 def test_loading_is_bounded(bench: Callable[..., Bench], watch: Watch) -> None:
-    b = bench(size=1, faults={("load", 0): Hang()}, hang_seconds=200.0, display=watch)
+    b = bench(size=1, faults={("load", 0): Hang()}, hang_seconds=20.0, load_seconds=200.0, display=watch)
 
     def loads_now(status: Status) -> None:
         if status.losses == 1:

@@ -38,7 +38,7 @@ ADD = Attempt(Task(id="add", kind="measure"), 1)
 
 def make_fleet(make_worker: Any, ranks: int = 1, own_tasks: bool = False) -> RayFleet:
     return RayFleet(
-        make_worker, Shape(ranks=ranks, own_tasks=own_tasks), name=f"test-{time.time_ns():x}", hang_seconds=60.0
+        make_worker, Shape(ranks=ranks, own_tasks=own_tasks), name=f"test-{time.time_ns():x}", patience=60.0
     )
 
 
