@@ -100,11 +100,11 @@ def _struck(site: Site, experts: Sequence[int]) -> dict[nn.Module, Callable[...,
     router = site.router
     assert router is not None  # else reroute had been refused
     choose = router.forward
-    removed_E = torch.zeros(site.num_experts, dtype=torch.bool, device=next(router.parameters()).device)
-    removed_E[list(experts)] = True
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         given = args[0] if args else next(iter(kwargs.values()))
+        removed_E = torch.zeros(site.num_experts, dtype=torch.bool, device=given.device)
+        removed_E[list(experts)] = True
         with Strike(removed_E.expand(given.shape[:-1].numel(), -1), correction_biases(site.block, site.num_experts)):
             return choose(*args, **kwargs)
 

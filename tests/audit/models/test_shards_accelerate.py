@@ -21,6 +21,7 @@ from audit.models.memory import share_of, weights_of
 from audit.models.shards import offloaded
 from audit.models.shards.offloaded import Offloaded, load_offloaded
 from audit.models.sources import Reading
+from audit.pruning.simulation import PrunedForward
 
 DEFAULT = (("olmoe", "disk"), ("olmoe", "host"), ("deepseek_v3", "disk"), ("gpt_oss", "disk"))
 CASES = [
@@ -81,6 +82,14 @@ def test_effects_have_the_same_bits_as_whole(
     written = sorted(path.name for path in (tmp_path / "0").iterdir())
     assert all((tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes() for name in written)
     assert all(p.device.type == "meta" for p in ours.layers.parameters())
+
+
+def test_simulated_pruning(checkpoints: dict[str, str], tmp_path: Path) -> None:
+    source = checkpoint(checkpoints, "olmoe")
+    models = (offload(source, "host", tmp_path), validate(load_model(source, device="cpu", linear=LINEAR)))
+    ours, whole = (PrunedForward(model, [torch.arange(9)]).outcomes({1: [0, 2]}) for model in models)
+    assert torch.equal(ours.kl, whole.kl)
+    assert whole.kl.max() > 0
 
 
 def test_each_layer_is_loaded_once_per_sweep_however_many_rows_there_are(
