@@ -34,6 +34,7 @@ class Step(IntEnum):
 
 _WORDS = {Step.SUM: "adds up", Step.BEGIN: "begins", Step.END: "has ended"}
 
+_TOLD = "_told_to_other_ranks"  # noted on an error, which leaves one block after the other
 Words = list[int]
 
 
@@ -49,7 +50,6 @@ class Together:
         self.rank = rank
         self._exchange, self._add = exchange, add
         self._names: dict[int, str] = {}
-        self._inside = False  # a task or a sweep, which tells the others when it fails
 
     def sum(self, x: Tensor, name: str, checksum: int = 0) -> Tensor:
         """The sum of ``x`` over the ranks, on each of them; a gradient passes unchanged.
@@ -93,20 +93,16 @@ class Together:
 
     @contextmanager
     def _telling(self) -> Iterator[None]:
-        """The outermost block tells the others of an error that they do not know of."""
-        if self._inside:
-            yield
-            return
-        self._inside = True
+        """Tell the others of an error that they do not know of; of blocks within blocks the innermost does."""
         try:
             yield
         except ShardError:  # all ranks have it
             raise
-        except Exception:
-            self._meet(Step.FAILED, "")
+        except Exception as error:
+            if not getattr(error, _TOLD, False):
+                setattr(error, _TOLD, True)
+                self._meet(Step.FAILED, "")
             raise
-        finally:
-            self._inside = False
 
     def _sum(self, x: Tensor, name: str, checksum: int) -> Tensor:
         total = x.contiguous()  # before the others wait: this may need memory

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 import threading
 from collections.abc import Callable
@@ -162,6 +163,31 @@ def test_out_of_memory_of_two_ranks_at_once_and_beside_an_error() -> None:
     zero, one = Group(2).run(beside)
     assert isinstance(zero, ValueError)
     assert isinstance(one, ShardError)
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError, MemoryError])
+def test_an_error_within_a_task_within_a_task_is_told_once_and_may_be_dealt_with_there(error: type[Exception]) -> None:
+    def part(together: Together) -> float:
+        with together.task():
+            if together.rank == 1:
+                raise error("by a rank")
+            together.sum(torch.ones(1), "part")
+        return 0.0
+
+    def dealt_with(together: Together) -> float:
+        with together.task():
+            with contextlib.suppress(ZeroDivisionError, MemoryError, ShardError):
+                part(together)
+            return float(together.sum(torch.ones(1), "the rest"))
+
+    def passed_on(together: Together) -> float:
+        with together.task():
+            return part(together)
+
+    group = Group(3)
+    assert group.run(dealt_with) == [3.0] * 3
+    assert [type(answer) for answer in group.run(passed_on)] == [ShardError, error, ShardError]
+    assert group.run(dealt_with) == [3.0] * 3
 
 
 def test_gradients_of_divided_maps_are_those_of_the_whole() -> None:
