@@ -32,7 +32,7 @@ class ModelConfig(Section):
     device: str = Field(default="auto", min_length=1, description="auto, cpu, cuda or cuda:N")
     trust_remote_code: bool = Field(default=False, description="true or false")
     allow_pickle: bool = Field(default=False, description="true or false")
-    backend: Literal["auto", "single", "accelerate", "deepspeed_zero3", "deepspeed_tp"] = "auto"
+    backend: Literal["auto", "single", "accelerate", "deepspeed_zero3", "deepspeed_tp", "transformers_tp"] = "auto"
     # Where layers are kept that do not fit the device: in the host's memory or, in a folder, on a local disk.
     offload: Literal["auto", "none", "cpu", "nvme"] = "auto"
     offload_folder: str | None = Field(

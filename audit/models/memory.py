@@ -14,7 +14,7 @@ from torch import nn
 
 from audit.models.discovery import Site, whole_shape
 
-Backend = Literal["single", "accelerate", "deepspeed_zero3", "deepspeed_tp"]
+Backend = Literal["single", "accelerate", "deepspeed_zero3", "deepspeed_tp", "transformers_tp"]
 BACKENDS: tuple[Backend, ...] = get_args(Backend)
 # Where a rank keeps the layers that it does not compute with: on its device, in its host's memory, on a local disk.
 Offload = Literal["none", "cpu", "nvme"]
@@ -93,8 +93,8 @@ def weights_of(module: nn.Module, layers: nn.ModuleList, sites: Mapping[int, Sit
 def share_of(weights: Weights, backend: Backend, ranks: int = 1, offload: Offload = "none") -> Share:
     """What one of ``ranks`` holds; the first one where ranks differ. ``offload``: with deepspeed_zero3 and accelerate.
 
-    Under deepspeed_tp experts are divided, by whole experts. How far attention and dense and shared MLPs can be is
-    known only when the layers are there, so they are counted whole: a bound.
+    Under deepspeed_tp experts are divided, by whole experts; transformers_tp divides each. How far attention and dense
+    and shared MLPs can be is known only when the layers are there, so they are counted whole: a bound.
     """
     match backend:
         case "single":
@@ -113,7 +113,7 @@ def share_of(weights: Weights, backend: Backend, ranks: int = 1, offload: Offloa
                     return Share(visited, host=part)
                 case "nvme":
                     return Share(visited, disk=part)
-        case "deepspeed_tp":
+        case "deepspeed_tp" | "transformers_tp":
             most = -(-weights.experts // ranks)
             return Share(
                 weights.outside

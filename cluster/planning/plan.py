@@ -51,7 +51,7 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
     engine = make_engine(config, asked, model, sizes)
     resolved = {
         "method": engine.method,
-        "experts": model.experts_path,
+        "experts": _experts(asked["experts"], choice, model.experts_path),
         "linear": model.linear_path,
         "device": str(device),
         "backend": choice.backend,
@@ -121,6 +121,11 @@ def _asked(config: AuditConfig) -> dict[str, Any]:
         "backend": model.backend,
         "offload": model.offload,
     }
+
+
+def _experts(asked: str, choice: Choice, found: str) -> str:
+    """Which way experts are computed. What transformers divides only its own module can add up."""
+    return "module" if choice.backend == "transformers_tp" and asked == "auto" else found
 
 
 def _choose(

@@ -61,8 +61,11 @@ def measured(place: Path, name: str, config: AuditConfig) -> pd.DataFrame:
     return effects_of(folder)
 
 
-def test_ranks_that_share_a_task_give_the_effects_of_one_process(place: Path, whole: pd.DataFrame) -> None:
-    found = measured(place, "tp", audit_of(place, "deepspeed_tp", 2))
+@pytest.mark.parametrize("backend", ["deepspeed_tp", pytest.param("transformers_tp", marks=pytest.mark.full)])
+def test_ranks_that_share_a_task_give_the_effects_of_one_process(
+    place: Path, whole: pd.DataFrame, backend: str
+) -> None:
+    found = measured(place, backend, audit_of(place, backend, 2))
     assert len(found) == len(whole) > 100
     for name in whole:
         if whole[name].dtype.kind == "f":

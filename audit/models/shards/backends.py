@@ -14,7 +14,7 @@ from audit.models.sources import Reading
 
 def is_divided(backend: Backend) -> bool:
     """Whether every rank holds a part of the layers."""
-    return backend in ("deepspeed_zero3", "deepspeed_tp")
+    return backend in ("deepspeed_zero3", "deepspeed_tp", "transformers_tp")
 
 
 def has_own_tasks(backend: Backend) -> bool:
@@ -54,10 +54,18 @@ def open_shard(
             from audit.models.shards.tensor_parallel import DeepSpeedTensorParallel  # noqa: PLC0415
 
             return DeepSpeedTensorParallel(rank, ranks, device=device, timeout=timeout)
+        case "transformers_tp":
+            from audit.models.shards.library_parallel import TransformersParallel  # noqa: PLC0415
+
+            return TransformersParallel(rank, ranks, device=device, timeout=timeout)
 
 
 def load_onto(reading: Reading, shard: Any, inspect: Inspect | None = None) -> tuple[Any, Any]:
     """The model of a checkpoint as ``shard`` holds it, and its tokenizer. Raises ModelError."""
+    if shard.backend == "transformers_tp":
+        from audit.models.shards.library_parallel import load_parallel  # noqa: PLC0415
+
+        return load_parallel(reading, shard, inspect)
     if is_divided(shard.backend):
         from audit.models.shards.division import load_divided  # noqa: PLC0415
 

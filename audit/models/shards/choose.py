@@ -16,6 +16,7 @@ from audit.models.memory import BACKENDS, OFFLOADS, Backend, Offload, Share, Wei
 
 ROOM = 1.2  # a device's memory over the weights on it: the rest is for the rows of a sweep
 MOST_RANKS = 1024
+_CHECK: tuple[Backend, Offload] = ("transformers_tp", "none")  # has no gate of ours: taken where it is named
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +174,7 @@ def _require_together(weights: Weights, backend: str, ranks: int, offload: str, 
             f"cluster.ranks: {ranks} is not possible with model.backend: {backend}, which is one process; use 1, or "
             "deepspeed_zero3 or deepspeed_tp"
         )
-    if backend in ("single", "deepspeed_tp") and offload not in ("auto", "none"):
+    if backend in ("single", "deepspeed_tp", "transformers_tp") and offload not in ("auto", "none"):
         raise ModelError(
             f"model.offload: {offload!r} is not possible with model.backend: {backend}, which keeps all it has on its "
             "device; use none, or accelerate or deepspeed_zero3"
@@ -216,7 +217,7 @@ def _candidates(
     if backend == "auto":
         possible = one if ranks == 1 else several
     else:
-        possible = [pair for pair in one + several if pair[0] == backend]
+        possible = [pair for pair in [*one, *several, _CHECK] if pair[0] == backend]
     return [(name, place) for name, place in possible if offload in ("auto", place)]
 
 

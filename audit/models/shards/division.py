@@ -26,12 +26,16 @@ _PROBE_ROWS = 16
 T = TypeVar("T")
 
 
-class Divider(Protocol):
-    """A back end that keeps a share of every decoder layer."""
+class Member(Protocol):
+    """One of the processes that hold a model together."""
 
     rank: int
     ranks: int
     control: dist.ProcessGroup | None  # of all ranks, for small messages between hosts (gloo); None where there is one
+
+
+class Divider(Member, Protocol):
+    """A back end that keeps a share of every decoder layer."""
 
     def divide(self, number: int, layer: nn.Module, output: Callable[[], Tensor]) -> None:
         """Keep this rank's share of the layer, which is whole on this rank's device, and drop the rest.
@@ -91,7 +95,7 @@ def divide_module(module: Any, shard: Divider, device: torch.device) -> Any:
     return module
 
 
-def agreed(shard: Divider, work: Callable[[], T]) -> T:
+def agreed(shard: Member, work: Callable[[], T]) -> T:
     """What ``work`` gives, once it is done on every rank.
 
     An error of one rank is a ModelError on those that had none, instead of a wait without end.

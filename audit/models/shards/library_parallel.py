@@ -19,8 +19,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers.distributed import DistributedConfig
 
+from audit.models.discovery import decoder_layers
+from audit.models.shards.division import agreed
 from audit.models.shards.meeting import meet
-from audit.models.shards.shard import ModelShard
+from audit.models.shards.shard import Inspect, ModelShard
 from audit.models.shards.together import over_processes
 from audit.models.sources import Reading
 
@@ -34,7 +36,7 @@ class TransformersParallel(ModelShard):
 
     def __init__(self, rank: int, ranks: int, *, device: torch.device, timeout: timedelta | None = None) -> None:
         super().__init__(rank, ranks)
-        meet(rank, ranks, device, timeout)
+        self.control = meet(rank, ranks, device, timeout)
         # Words never share a group with the library's sums, which would take them for numbers.
         self._together = over_processes(rank, ranks, dist.new_group(backend="gloo", timeout=timeout))
 
@@ -49,9 +51,17 @@ class TransformersParallel(ModelShard):
         return sum(p.numel() * p.element_size() for p in held)
 
 
-def load_parallel(reading: Reading, shard: TransformersParallel) -> tuple[Any, Any]:
+def load_parallel(reading: Reading, shard: TransformersParallel, inspect: Inspect | None = None) -> tuple[Any, Any]:
     """This rank's share of a checkpoint's model, and the tokenizer.
 
-    All ranks call it together. Raises ModelError where the library cannot divide the family, or a name is unknown.
+    All ranks call it together. For ``inspect`` rank 0 reads the model once more, whole, before. Raises ModelError where
+    the library cannot divide the family, or a name is unknown.
     """
+    if inspect is not None:
+        agreed(shard, lambda: _show_whole(reading, inspect) if shard.rank == 0 else None)
     return reading.module(distributed_config=DistributedConfig(tp_size=shard.ranks)), reading.tokenizer()
+
+
+def _show_whole(reading: Reading, inspect: Inspect) -> None:
+    module = reading.module()
+    inspect(module, decoder_layers(module), ModelShard())
