@@ -16,6 +16,8 @@ _ANSI = re.compile(r"\x1b\[[0-9;]*m")
 _RECYCLE = ("OutOfMemoryError", "AcceleratorError", "MemoryError")
 # A rank whose partner went away says so in one of these words.
 _COMMUNICATION = re.compile(r"gloo|nccl|c10d|process ?group|TCPStore|connection (reset|closed) by peer", re.IGNORECASE)
+# What a rank says that was well itself: another one failed, or they cannot go on together.
+_TOGETHER = ("ShardError", "PeerOutOfMemoryError")
 # What Ray says of a process that ended, and what it means. The first that fits is told.
 _MEANING = (
     ("preempted", "its node was taken back by the provider"),
@@ -30,9 +32,10 @@ _MEANING = (
 
 def sort_own_errors(errors: Mapping[int, BaseException], ranks: int) -> dict[int, TaskError]:
     """By rank what its task raised, where every rank runs its own; raises where something is wrong with the group."""
-    own = {r: e for r, e in errors.items() if isinstance(e, RayTaskError) and not is_communication(e)}
+    own = {rank: error for rank, error in errors.items() if not ends_group(error)}
     if len(own) < len(errors):  # a rank is gone, and others may say that they lost the way to it
-        raise sort_errors({rank: error for rank, error in errors.items() if rank not in own}, ranks)
+        lost = sort_errors({rank: error for rank, error in errors.items() if rank not in own}, ranks)
+        raise GroupLostError(str(lost).splitlines()[-1]) if isinstance(lost, TaskError) else lost
     found = {rank: sort_errors({rank: error}, 1) for rank, error in own.items()}
     for error in found.values():
         if not isinstance(error, TaskError):
@@ -54,11 +57,12 @@ def sort_errors(errors: Mapping[int, BaseException], ranks: int) -> Exception:
             who = "" if ranks == 1 else f"rank {rank}: "
             return GroupLostError(f"{who}{in_plain_words(error)}")
     raised = {rank: error for rank, error in errors.items() if isinstance(error, RayTaskError)}
-    own = {rank: error for rank, error in raised.items() if ranks == 1 or not is_communication(error)}
+    own = {rank: error for rank, error in raised.items() if ranks == 1 or not _is_communication(error)}
     if not own:
         rank, error = next(iter(raised.items()))
         return GroupLostError(f"rank {rank} lost the way to the others ({_last_line(error)})")
-    error = next(iter(own.values()))
+    # The others say no more of it than that a rank failed.
+    error = min(own.values(), key=lambda error: type(error.cause).__name__ in _TOGETHER)
     # Where several ranks work together the others now wait for this one, for ever.
     recycle = ranks > 1 or type(error.cause).__name__ in _RECYCLE
     return TaskError(_clean(error), recycle=recycle)
@@ -97,11 +101,18 @@ def _detail(text: str) -> str:
     return re.split(r" (?:Some common causes|There are some potential)", line)[0].rstrip(".")
 
 
-def is_communication(error: RayTaskError) -> bool:
+def ends_group(error: BaseException) -> bool:
+    """Whether an error of a rank with a task of its own is the end of its group, and not that of its task alone."""
+    if not isinstance(error, RayTaskError):
+        return True
+    return _is_communication(error) or type(error.cause).__name__ in _TOGETHER
+
+
+def _is_communication(error: RayTaskError) -> bool:
     """Whether a rank raised because another one went away."""
     names = {cls.__name__ for cls in type(error.cause).__mro__}
     return "DistError" in names or (
-        isinstance(error.cause, RuntimeError) and bool(_COMMUNICATION.search(str(error.cause)))
+        bool(names & {"RuntimeError", "ShardError"}) and bool(_COMMUNICATION.search(str(error.cause)))
     )
 
 

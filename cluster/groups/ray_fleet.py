@@ -12,14 +12,13 @@ from typing import Any
 
 import ray
 import ray.cloudpickle
-from ray.exceptions import RayTaskError
 from ray.util.placement_group import placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from cluster.driver.group import Group, GroupLostError, Handle, Place, Result, Shape, TaskError
 from cluster.groups import resources
 from cluster.groups.rank import Rank
-from cluster.groups.ray_errors import is_communication, sort_errors, sort_own_errors
+from cluster.groups.ray_errors import ends_group, sort_errors, sort_own_errors
 from cluster.tasks import Attempt
 from cluster.worker import TABLES, Worker
 
@@ -203,9 +202,7 @@ class RayFleet:
 
     def _is_everybodys(self, error: BaseException | None) -> bool:
         """Whether the others of the group may wait for a rank that failed like this."""
-        if self.shape.own_tasks and isinstance(error, RayTaskError):
-            return is_communication(error)
-        return error is not None
+        return error is not None and (not self.shape.own_tasks or ends_group(error))
 
     def capacity(self) -> int | None:
         if self._grows:

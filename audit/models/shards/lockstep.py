@@ -17,6 +17,7 @@ from contextlib import contextmanager
 import torch
 
 from audit.models.shards.shard import ShardError
+from audit.models.sources import first_sentence
 
 IDLE, GONE = -1, -2  # said in place of a layer: my task is over; I cannot take part any more
 
@@ -102,10 +103,17 @@ class Lockstep:
                 raise ShardError(f"rank {answers.index(GONE)} has no memory left to fetch layers with the others")
             layer = chosen(answers)
             if layer is not None:
-                self._fetch(layer)
+                self._bring(layer)
         except BaseException:
             self._broken = True
             raise
         if layer is not None and layer != wanted:
             self._release(layer)
         return layer
+
+    def _bring(self, layer: int) -> None:
+        try:
+            self._fetch(layer)
+        except Exception as error:  # the others may wait for it in the midst of the fetch, so that no word reaches them
+            reason = f"{type(error).__name__}: {first_sentence(error)}"
+            raise ShardError(f"layer {layer} could not be fetched ({reason})") from error

@@ -175,7 +175,8 @@ def test_after_a_fetch_that_failed_nothing_more_is_fetched() -> None:
         raise RuntimeError("connection closed by peer")
 
     lockstep = Lockstep(lambda layer: [layer], fetch, lambda layer: None, lambda: None)
-    with pytest.raises(RuntimeError, match="closed by peer"), lockstep.task(), lockstep.visit(0):
+    expected = r"layer 0 could not be fetched \(RuntimeError: connection closed by peer\)"
+    with pytest.raises(ShardError, match=expected), lockstep.task(), lockstep.visit(0):
         pass
     with pytest.raises(ShardError, match="started again"), lockstep.visit(1):
         pass
