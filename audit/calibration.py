@@ -113,6 +113,15 @@ class Calibration:
         rank_P = (choice_P & torch.iinfo(torch.int64).max) % count_P
         return held.output_ESD[expert_P, held.order_ES[expert_P, rank_P]]
 
+    def checksum(self, layer: int) -> int:
+        """An integer that changes with any mean output of the layer, and with the tokens whose outputs are stored."""
+        sums = self.observations.layers[self._known(layer)]
+        words = [sums.mean_EMD.double().view(torch.int64), sums.count_EM.long()]
+        if self.stored is not None:
+            words.append(self.stored.layers[layer].priority_ES)
+        places = [torch.arange(word.numel(), device=word.device) for word in words]
+        return sum(int(hash_words(place, word.flatten()).sum()) for place, word in zip(places, words, strict=True))
+
     def to(self, device: torch.device | str) -> Calibration:
         """The same calibration on another device (shared where it already is on it)."""
         return Calibration(self.observations.to(device), self.stored.to(device) if self.stored is not None else None)

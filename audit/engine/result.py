@@ -89,7 +89,11 @@ class Request:
 
 def plan_bytes(request: Request, micro_batch: int) -> bytes:
     """What a request says to compute, as bytes that are equal where two requests are."""
-    tensors = [*request.sequences, request.rows_M, *request.token_T]
+    ranked = [
+        request.rankings[metric][layer] for metric in sorted(request.rankings) for layer in sorted(request.layers)
+    ]
+    tensors = [*request.sequences, request.rows_M, *request.token_T, *ranked]
+    calibrated = request.calibration if any(i.kind in NEEDS_CALIBRATION for i in request.interventions) else None
     said = (
         micro_batch,
         sorted(request.layers),
@@ -100,6 +104,7 @@ def plan_bytes(request: Request, micro_batch: int) -> bytes:
         request.seed,
         request.attribution,
         request.redistribution,
+        [] if calibrated is None else [calibrated.checksum(layer) for layer in sorted(request.layers)],
     )
     return repr(said).encode() + b"".join(tensor.cpu().numpy().tobytes() for tensor in tensors)
 

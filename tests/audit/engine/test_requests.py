@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -67,6 +70,35 @@ def test_a_calibration_that_lacks_something() -> None:
                 interventions=[Intervention(kind)],  # type: ignore[arg-type]
                 calibration=calibration,
             )
+
+
+def test_ranks_that_share_a_sweep_compare_all_that_decides_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plans = ready("olmoe"), list[bytes]()
+    engine = Engine(model, memory=2**40)
+
+    @contextmanager
+    def noted(plan: Callable[[], bytes]) -> Iterator[None]:
+        plans.append(plan())
+        yield
+
+    monkeypatch.setattr(model.shard, "sweep", noted)
+    ranked = Intervention("zero", Target("ranked", count=1, metric="frequency"))
+    value_E = np.arange(8.0)
+    one, other = (engine.observe(texts((20,), seed), stored_outputs=2) for seed in (2, 3))
+    asked: list[dict[str, Any]] = [
+        {"interventions": [Intervention("zero")], "calibration": one},
+        {"interventions": [Intervention("mean")], "calibration": one},
+        {"interventions": [Intervention("mean")], "calibration": other},
+        {"interventions": [Intervention("mean")], "calibration": replace(one, stored=None)},
+        {"interventions": [ranked], "rankings": {"frequency": {1: value_E}}},
+        {"interventions": [ranked], "rankings": {"frequency": {1: 8 - value_E}}},
+    ]
+    for options in [*asked, *asked]:
+        engine.measure(SEQUENCES, POSITIONS, layers=[1], **options)
+    assert plans[: len(asked)] == plans[len(asked) :]
+    assert len(set(plans)) == len(asked)
+    engine.measure(SEQUENCES, POSITIONS, layers=[1], interventions=[Intervention("zero")], calibration=other)
+    assert plans[-1] == plans[0]  # which does without
 
 
 def test_longer_sequences_than_the_model_reads() -> None:
