@@ -60,6 +60,11 @@ def choose(
     """
     _require_known(backend, ranks, offload, folder)
     _require_together(weights, backend, ranks, offload, undivided)
+    if offload == "cpu" and machine.device == "cpu":
+        raise ModelError(
+            "model.offload: 'cpu' is not possible where the device is the CPU, whose memory has the layers anyway; use "
+            "auto or none, or nvme with model.offload_folder"
+        )
     if backend == "accelerate" and machine.device == "cpu" and folder is None:
         raise ModelError(
             "model.backend: accelerate keeps its layers on disk where the device is the CPU, and needs "
@@ -95,8 +100,9 @@ def lack(
 ) -> str | None:
     """What is too small for this share and its ``room``, completing "it ..."; None where all fits."""
     share = share_of(weights, backend, ranks, offload)
-    if share.device * room > machine.memory:
-        return f"needs {gib(share.device * room)} of a device's {gib(machine.memory)}"
+    held = share.device + (share.host if machine.device == "cpu" else 0)
+    if held * room > machine.memory:
+        return f"needs {gib(held * room)} of a device's {gib(machine.memory)}"
     # One process reads the checkpoint into its host's memory and hands out the layers; only one that keeps them on its
     # disk writes each as it is read.
     reading = 0 if (backend, offload) == ("accelerate", "nvme") else weights.total

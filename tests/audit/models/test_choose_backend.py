@@ -80,10 +80,17 @@ def test_on_a_cpu_the_host_is_the_device(tmp_path: Path) -> None:
     assert choose(MODEL, on(120, 120, "cpu")).backend == "single"
     with pytest.raises(ModelError, match=r"needs 120.0 GiB of a device's 110.0 GiB.*or model.offload_folder"):
         choose(MODEL, on(110, 110, "cpu"))
-    assert choose(MODEL, on(30, 30, "cpu"), folder=str(tmp_path)).offload == "nvme"
+    folder = str(tmp_path)
+    # A layer of 12, 4 outside, and the 2 of every layer that are not written: 32, and a fifth more.
+    assert choose(MODEL, on(39, 39, "cpu"), folder=folder).offload == "nvme"
+    with pytest.raises(ModelError, match=r"accelerate with offload nvme needs 38.4 GiB of a device's 38.0 GiB"):
+        choose(MODEL, on(38, 38, "cpu"), folder=folder)
     with pytest.raises(ModelError, match="accelerate keeps its layers on disk where the device is the CPU"):
         choose(MODEL, on(30, 30, "cpu"), backend="accelerate")
     assert choose(MODEL, on(130, 260, "cpu"), ranks=2, backend="deepspeed_zero3").offload == "none"
+    for backend in ("auto", "accelerate", "deepspeed_zero3"):
+        with pytest.raises(ModelError, match=r"model\.offload: 'cpu' is not possible where the device is the CPU"):
+            choose(MODEL, on(130, 130, "cpu"), backend=backend, offload="cpu", folder=folder)
 
 
 @pytest.mark.parametrize(
