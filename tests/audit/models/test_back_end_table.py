@@ -24,22 +24,28 @@ from audit.models import ModelError, MoEModel, prepare
 from audit.models.memory import Backend
 from audit.models.shards.backends import open_shard
 from audit.models.shards.division import divide_module, skeleton
+from audit.models.shards.library_parallel import load_parallel
 from audit.models.shards.offloaded import Offloaded, keep
+from audit.models.sources import Reading
 
-DIVIDED: tuple[Backend, ...] = ("deepspeed_zero3", "deepspeed_tp")
+DIVIDED: tuple[Backend, ...] = ("deepspeed_zero3", "deepspeed_tp", "transformers_tp")
+COLUMNS: tuple[Backend, ...] = ("accelerate", *DIVIDED)
 TABLE = Path(__file__).parents[3] / "docs" / "back_ends.md"
 CPU = torch.device("cpu")
 ALWAYS = ("mixtral",)
 FAMILIES = [pytest.param(f, marks=() if f in ALWAYS else pytest.mark.full) for f in (*SWEEP, *RECURRENT)]
 
 
-def held(backend: Backend, family: str, rank: int = 0, ranks: int = 1) -> MoEModel:
-    """The family's random model as the back end holds it, validated."""
+def held(backend: Backend, family: str, rank: int = 0, ranks: int = 1, folder: str = "") -> MoEModel:
+    """The family's random model as the back end holds it, validated; transformers_tp reads it from a folder."""
     shard: Any = open_shard(backend, CPU, rank=rank, ranks=ranks)
-    module = build(family, dtype=torch.float32) if rank == 0 else skeleton(config_of(family), dtype=torch.float32)
+    if backend == "transformers_tp":
+        module = load_parallel(Reading(source=folder, device="cpu"), shard)[0]
+    else:
+        module = build(family, dtype=torch.float32) if rank == 0 else skeleton(config_of(family), dtype=torch.float32)
     if isinstance(shard, Offloaded):
         keep(module.eval().requires_grad_(False), shard, CPU)
-    elif backend != "single":
+    elif backend in ("deepspeed_zero3", "deepspeed_tp"):
         module = divide_module(module, shard, CPU)
     with shard.task():
         return validate(prepare(module, linear="torch", shard=shard))
@@ -52,10 +58,10 @@ def effects(model: MoEModel) -> pd.DataFrame:
         return engine.measure(texts((12,)), [np.array([3, 8])], **asked).effects.to_pandas()
 
 
-def verdict(rank: int, backend: Backend, family: str, ranks: int) -> tuple[str, list[str]]:
+def verdict(rank: int, backend: Backend, family: str, ranks: int, folder: str = "") -> tuple[str, list[str]]:
     """What this rank can say of the family on the back end, and the back end's notes."""
     try:
-        model = held(backend, family, rank, ranks)
+        model = held(backend, family, rank, ranks, folder)
     except ModelError as error:
         return f"refused: {error}", []
     alone, found = effects(held("single", family)), effects(model)
@@ -85,11 +91,12 @@ def rows(request: pytest.FixtureRequest) -> Iterator[dict[str, dict[str, str]]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_is_exact_on_a_back_end_or_refused_by_it(
-    pair: Ranks, rows: dict[str, dict[str, str]], family: str
+    pair: Ranks, rows: dict[str, dict[str, str]], family: str, tmp_path: Path
 ) -> None:
+    build(family, dtype=torch.float32).save_pretrained(tmp_path)
     told = {"accelerate": verdict(0, "accelerate", family, 1)[0]}
     for backend in DIVIDED:
-        answers = pair.all(verdict, backend, family, 2)
+        answers = pair.all(verdict, backend, family, 2, str(tmp_path))
         assert len({text.startswith("refused") for text, _ in answers}) == 1
         text, notes = answers[0]
         whole = sorted({note.split(" is whole", 1)[0] for note in notes if " is whole on every rank" in note})
@@ -97,9 +104,10 @@ def test_a_family_is_exact_on_a_back_end_or_refused_by_it(
     rows[family] = told
     for backend in ("accelerate", "deepspeed_zero3"):
         assert told[backend].startswith("same bits"), (backend, told[backend])
-    text = told["deepspeed_tp"]
-    most = 1e-5 if "(sweep)" in text else 3e-5  # whole forwards take differences of logits that rounded apart
-    assert text.startswith(("refused: model.backend: ", "same bits")) or float(text.split()[0]) <= most, text
+    for backend in ("deepspeed_tp", "transformers_tp"):
+        text = told[backend]
+        most = 1e-5 if "(sweep)" in text else 3e-5  # whole forwards take differences of logits that rounded apart
+        assert text.startswith(("refused: model", "same bits")) or float(text.split()[0]) <= most, (backend, text)
 
 
 def document(rows: dict[str, dict[str, str]]) -> str:
@@ -116,11 +124,8 @@ def document(rows: dict[str, dict[str, str]]) -> str:
         "(nats, or the outcome's own unit), with what measured them in brackets; or why the back end refuses it.",
         "No row was measured on a GPU.",
         "",
-        "| family | accelerate | deepspeed_zero3 | deepspeed_tp |",
-        "|---|---|---|---|",
+        f"| family | {' | '.join(COLUMNS)} |",
+        f"|{'---|' * (1 + len(COLUMNS))}",
     ]
-    lines += [
-        f"| {family} | {told['accelerate']} | {told['deepspeed_zero3']} | {told['deepspeed_tp']} |"
-        for family, told in rows.items()
-    ]
+    lines += [f"| {family} | {' | '.join(told[backend] for backend in COLUMNS)} |" for family, told in rows.items()]
     return "\n".join(lines) + "\n"
