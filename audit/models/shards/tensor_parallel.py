@@ -60,6 +60,7 @@ class DeepSpeedTensorParallel(ModelShard):
         self.control = meet(rank, ranks, device, timeout)
         self._together = over_processes(rank, ranks, self.control)
         self._whole: dict[str, list[tuple[int, str]]] = {}  # part: the layers where it stays whole, and why
+        self._most = 0  # bytes of the layers on the rank that has most of each
         import_deepspeed(device)
 
     def notes(self) -> list[str]:
@@ -74,6 +75,12 @@ class DeepSpeedTensorParallel(ModelShard):
     def sweep(self, plan: Callable[[], bytes]) -> AbstractContextManager[None]:
         return self._together.sweep(plan)
 
+    def weight_bytes(self, layers: nn.ModuleList, module: nn.Module) -> int:
+        """Bytes on the rank that holds most: by them sweeps are cut, which all ranks must cut alike."""
+        if self.ranks == 1:
+            return super().weight_bytes(layers, module)
+        return super().weight_bytes(layers, module) - _bytes(layers) + self._most
+
     def divide(self, number: int, layer: nn.Module, output: Callable[[], Tensor]) -> None:
         """Keep this rank's share of the layer. All ranks call it together; ``output`` runs the layer on a probe.
 
@@ -86,6 +93,9 @@ class DeepSpeedTensorParallel(ModelShard):
         for path, call in calls.items():
             divide = self._divide_experts if is_experts(layer.get_submodule(path)) else self._divide_part
             divide(number, layer, path, call)
+        held_R = torch.zeros(self.ranks, dtype=torch.float64, device=next(layer.parameters()).device)
+        held_R[self.rank] = _bytes(layer)
+        self._most += int(self._together.sum(held_R, f"the bytes of layer {number}").max())
 
     def _divide_part(self, number: int, layer: nn.Module, path: str, call: _Call) -> None:
         whole = layer.get_submodule(path)
@@ -126,6 +136,10 @@ class DeepSpeedTensorParallel(ModelShard):
                 f"({first_sentence(error)}); use deepspeed_zero3"
             ) from error
         _put(layer, path, divided)
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
 
 
 def _calls_of_parts(layer: nn.Module, output: Callable[[], Tensor]) -> dict[str, _Call]:

@@ -240,6 +240,17 @@ def test_a_wrongly_divided_layer_is_refused_on_every_rank(two: Ranks, what: str,
         assert said in answer.strip().splitlines()[-1]
 
 
+def bytes_of(rank: int) -> tuple[int, int]:
+    model = divided(rank, "mixtral", experts=5)
+    return Engine(model).sizes.weights, sum(p.numel() * p.element_size() for p in model.module.parameters())
+
+
+def test_ranks_with_unequal_shares_cut_their_sweeps_alike(two: Ranks) -> None:
+    (zero, fewer), (one, more) = two.all(bytes_of)
+    assert fewer < more
+    assert zero == one == more
+
+
 def too_many(rank: int) -> None:
     divided(rank, "mixtral", experts=1, top_k=1)
 
