@@ -43,11 +43,18 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(device)
-    except RuntimeError as error:
-        raise ModelError(f"model.device: {device!r} is unknown; use auto, cpu, cuda or cuda:N") from error
+    except RuntimeError:
+        place = None
+    if place is None or place.type not in ("cpu", "cuda"):
+        raise ModelError(f"model.device: {device!r} is unknown; use auto, cpu, cuda or cuda:N")
     if place.type == "cuda" and not torch.cuda.is_available():
         raise ModelError(
             f"model.device: {device!r} was asked for, but this machine has no CUDA device; use cpu or auto"
+        )
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise ModelError(
+            f"model.device: {device!r} was asked for, but this machine has {torch.cuda.device_count()} of them; use "
+            "cuda, or a number below that"
         )
     return place
 

@@ -74,6 +74,7 @@ def test_every_family_is_described_without_its_weights(family: str, tmp_path: Pa
     [
         ({"dtype": "float8"}, "model.dtype: 'float8' is unknown; known are float64, float32, bfloat16, float16"),
         ({"device": "gpu"}, "model.device: 'gpu' is unknown; use auto, cpu, cuda or cuda:N"),
+        ({"device": "mps"}, "model.device: 'mps' is unknown; use auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_options_that_do_not_exist(options: dict[str, str], message: str, folder: Path) -> None:
@@ -86,6 +87,11 @@ def test_an_absent_device_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ModelError, match="'cuda:1' was asked for, but this machine has no CUDA device"):
         resolve_device("cuda:1")
     assert resolve_device("auto") == torch.device("cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ModelError, match="'cuda:2' was asked for, but this machine has 2 of them; use cuda, or a"):
+        resolve_device("cuda:2")
+    assert resolve_device("cuda:1") == torch.device("cuda:1")
 
 
 def test_sources_that_are_not_there(tmp_path: Path) -> None:
