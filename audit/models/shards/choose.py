@@ -101,8 +101,11 @@ def lack(
     """What is too small for this share and its ``room``, completing "it ..."; None where all fits."""
     share = share_of(weights, backend, ranks, offload)
     held = share.device + (share.host if machine.device == "cpu" else 0)
-    if held * room > machine.memory:
-        return f"needs {gib(held * room)} of a device's {gib(machine.memory)}"
+    needed = held * room
+    if backend == "deepspeed_tp" and ranks > 1:  # every layer comes whole to be divided, the last one beside all shares
+        needed = max(needed, held + weights.largest_layer)
+    if needed > machine.memory:
+        return f"needs {gib(needed)} of a device's {gib(machine.memory)}"
     # One process reads the checkpoint into its host's memory and hands out the layers; only one that keeps them on its
     # disk writes each as it is read.
     reading = 0 if (backend, offload) == ("accelerate", "nvme") else weights.total

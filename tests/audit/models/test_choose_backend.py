@@ -32,8 +32,13 @@ def on(memory: float, host: float = 1000, device: Any = "cuda") -> Machine:
         (80, 1000, 2, ("deepspeed_tp", "none")),  # 4 + 8 * (1 + 1 + 5) = 60, and a fifth more
         (71, 1000, 2, ("deepspeed_zero3", "cpu")),  # 4 + 12 + 48 = 64 and a fifth more is too much as well
         (30, 1000, 4, ("deepspeed_zero3", "cpu")),
-        (60, 1000, 3, ("deepspeed_tp", "none")),  # one rank has 3 of 8 experts: 4 + 8 * (1 + 1 + 3.75) = 50
-        (59, 1000, 3, ("deepspeed_zero3", "none")),  # 4 + 12 + 32 = 48
+        (
+            62,
+            1000,
+            3,
+            ("deepspeed_tp", "none"),
+        ),  # one rank has 3 of 8 experts: 4 + 8 * (1 + 1 + 3.75) = 50, and a layer
+        (61, 1000, 3, ("deepspeed_zero3", "none")),  # 4 + 12 + 32 = 48
         (40, 1000, 16, ("deepspeed_zero3", "none")),  # more ranks than experts
     ],
 )
@@ -124,7 +129,9 @@ def test_a_device_too_small_for_one_layer_is_said_to_be() -> None:
 def test_the_ranks_needed_are_the_fewest_that_fit() -> None:
     assert ranks_needed(MODEL, on(120), "single", "none") == 1
     assert ranks_needed(MODEL, on(119), "single", "none") is None
-    assert ranks_needed(MODEL, on(48), "deepspeed_tp", "none") == 4  # 4 + 8 * (1 + 1 + 2.5) = 40; of 1, 2, 4 and 8
+    # 4 + 8 * (1 + 1 + 2.5) = 40, and a whole layer of 12; of 1, 2, 4 and 8
+    assert ranks_needed(MODEL, on(52), "deepspeed_tp", "none") == 4
+    assert ranks_needed(MODEL, on(51), "deepspeed_tp", "none") == 8
     assert ranks_needed(MODEL, on(24), "deepspeed_tp", "none") is None
     found = ranks_needed(MODEL, on(24), "deepspeed_zero3", "none")
     assert found == 24  # 16 + 96 / n, and a fifth more, within 24
