@@ -215,7 +215,7 @@ def _divide_layer(
     def output() -> Tensor:
         return first_tensor(layer(hidden, *call.args, **mask, **call.kwargs))
 
-    whole = output()
+    whole = agreed(shard, output)  # dividing is done together: a rank that had no memory for it must say so before
     shard.divide(number, layer, lambda: output()[0])
     with shard.task(), shard.visit(number):
         apart = distance(output(), whole)

@@ -273,6 +273,20 @@ def wrongly_divided(rank: int) -> str:
     return str(error.value)
 
 
+def out_of_memory_before_division(rank: int) -> str:
+    shard = DeepSpeedZero3(rank, dist.get_world_size(), device=CPU)
+    module = build("olmoe", dtype=torch.float32) if rank == 0 else skeleton(config_of("olmoe"))
+    if rank == 1:
+        module.model.layers[2].forward = _no_memory
+    with pytest.raises((ModelError, MemoryError)) as error:
+        divide_module(module, shard, CPU)
+    return str(error.value)
+
+
+def _no_memory(*args: Any, **kwargs: Any) -> Any:
+    raise MemoryError("none left for a probe")
+
+
 # ---- the tests ------------------------------------------------------------------------------------------------------
 
 
@@ -394,6 +408,12 @@ def test_what_one_rank_cannot_read_is_an_error_on_all(pair: Ranks, tmp_path: Pat
 def test_a_wrongly_divided_layer_is_refused_on_all(pair: Ranks) -> None:
     for text in pair.all(wrongly_divided):
         assert "layer 2 of this family computes something else when it is divided" in text
+
+
+def test_what_fails_on_one_rank_before_a_layer_is_divided_keeps_nobody_waiting(pair: Ranks) -> None:
+    first, second = pair.all(out_of_memory_before_division, seconds=60)
+    assert second == "none left for a probe"
+    assert first == second + " (rank 1)"
 
 
 @pytest.mark.full
