@@ -48,7 +48,7 @@ def outline(
     if dtype not in DTYPES:
         raise ModelError(f"model.dtype: {dtype!r} is unknown; known are {', '.join(DTYPES)}")
     right = "a model that transformers can build from its configuration"
-    with library_errors(source, "built", right), torch.device("meta"):
+    with library_errors(source, "built", right), field_errors(), torch.device("meta"):
         module = AutoModelForCausalLM.from_config(
             configuration, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code, attn_implementation="eager"
         )

@@ -112,10 +112,10 @@ def first_sentence(error: BaseException) -> str:
 
 @contextmanager
 def field_errors() -> Iterator[None]:
-    """Within the block what configuration classes raise for a wrong field is a ValueError of one line."""
+    """Within the block what a wrong field of a configuration makes the library raise is a ValueError of one line."""
     try:
         yield
-    except (TypeError, AttributeError, StrictDataclassError) as error:
+    except (TypeError, AttributeError, ArithmeticError, StrictDataclassError) as error:
         raise ValueError(" ".join(str(error).split())) from error
 
 
@@ -169,7 +169,8 @@ class Reading:
     def skeleton(self) -> Any:
         """The model without weights."""
         configuration = self.configuration()
-        with library_errors(self.source, "built", "a model that transformers can build"), torch.device("meta"):
+        right = "a model that transformers can build"
+        with library_errors(self.source, "built", right), field_errors(), torch.device("meta"):
             return AutoModelForCausalLM.from_config(
                 configuration, dtype=DTYPES[self.dtype], trust_remote_code=self.trust_remote_code, **self._code()
             )

@@ -218,6 +218,14 @@ def test_fields_that_make_no_configuration_are_refused(fields: dict[str, Any], s
         configuration_of(fields, "mine")
 
 
+def test_fields_that_no_model_can_be_built_from_are_refused() -> None:
+    configuration = configuration_of({"model_type": "olmoe", "num_attention_heads": 0}, "a.yaml")
+    with pytest.raises(
+        ModelError, match=r"'a.yaml' cannot be built \(integer division or modulo by zero\); name a model"
+    ):
+        outline(configuration, source="a.yaml")
+
+
 def test_a_configuration_without_experts_and_an_unknown_type_are_refused() -> None:
     with pytest.raises(ModelError, match="no fused experts module"):
         outline(configuration_of({"model_type": "llama", "num_hidden_layers": 1}, "dense"), source="dense")
