@@ -91,7 +91,7 @@ def weights_of(module: nn.Module, layers: nn.ModuleList, sites: Mapping[int, Sit
 
 
 def share_of(weights: Weights, backend: Backend, ranks: int = 1, offload: Offload = "none") -> Share:
-    """What one of ``ranks`` holds; the first one where ranks differ. ``offload``: with deepspeed_zero3 and accelerate.
+    """What one of ``ranks`` holds; most, where ranks differ. ``offload``: with deepspeed_zero3 and accelerate.
 
     Under deepspeed_tp experts are divided, by whole experts; transformers_tp divides each. How far attention and dense
     and shared MLPs can be is known only when the layers are there, so they are counted whole: a bound.
