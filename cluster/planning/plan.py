@@ -15,7 +15,7 @@ from audit.corpus import build_corpus
 from audit.engine.cost import Sizes, working_bytes
 from audit.models.memory import weights_of
 from audit.models.outline import outline
-from audit.models.shards.backends import has_own_tasks, is_divided, open_shard
+from audit.models.shards.backends import has_all_layers, has_own_tasks, is_divided, open_shard
 from audit.models.shards.choose import Choice, choose, machine_of, why_undivided
 from audit.models.sources import read_configuration, resolve_device
 from audit.storage import is_url
@@ -61,6 +61,11 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
     check_against(config, model.description)
     if model.reroute_refused and (number := _first_of_kind(config, "reroute")) is not None:
         raise ConfigError(f"interventions.{number}: reroute is refused for this model, {model.reroute_refused}")
+    if config.attribution and engine.method == "oracle" and not has_all_layers(choice.backend):
+        raise ConfigError(
+            f"attribution: True needs all layers' weights at one time with the oracle, and model.backend: "
+            f"{choice.backend} has one layer's; use another back end, or attribution: false"
+        )
     corpus = build_corpus(config.corpus, model.tokenizer, model.description.context_limit, config.folder)
     planner = Planner(config, engine, corpus)
     stages = planner.stages()

@@ -11,7 +11,7 @@ import yaml
 from rank_workers import DiesOnce
 from tiny_olmoe import write_tiny_olmoe
 
-from audit.config import AuditConfig
+from audit.config import AuditConfig, ConfigError
 from audit.models import ModelError
 from audit.runfolder import RunFolder
 from cluster.display import NoDisplay
@@ -119,3 +119,6 @@ def test_a_back_end_that_is_not_possible_is_refused_before_anything_starts(place
         prepare(audit_of(place, "single", 2))
     with pytest.raises(ModelError, match=r"model\.offload: 'nvme' needs model\.offload_folder"):
         prepare(audit_of(place, "deepspeed_zero3", 2, offload="nvme"))
+    oracle = audit_of(place, "deepspeed_zero3", 2).resolved() | {"engine": {"method": "oracle"}}
+    with pytest.raises(ConfigError, match=r"attribution: True needs all layers.* deepspeed_zero3 has one layer's; use"):
+        prepare(AuditConfig.parse(oracle, place))

@@ -22,6 +22,11 @@ def has_own_tasks(backend: Backend) -> bool:
     return backend == "deepspeed_zero3"
 
 
+def has_all_layers(backend: Backend) -> bool:
+    """Whether the weights of all layers are at hand at all times (``ModelShard.resident``)."""
+    return backend not in ("accelerate", "deepspeed_zero3")
+
+
 def open_shard(
     backend: Backend,
     device: torch.device,
