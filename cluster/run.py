@@ -31,6 +31,7 @@ from cluster.worker import Worker, make_worker
 # How many ranks hold a model together is no such thing: they add up an expert mixture in another order.
 FREE = (
     ("name",),
+    ("model", "offload_folder"),
     *(("cluster", key) for key in ("min_groups", "max_groups", "target_minutes", "max_attempts")),
     *(("cluster", key) for key in ("hang_minutes", "load_minutes", "commit_results", "commit_bytes")),
 )

@@ -63,10 +63,9 @@ def load_audited(
     )
 
 
-def make_engine(
-    config: AuditConfig, resolved: Mapping[str, Any], model: MoEModel, sizes: Sizes | None = None
-) -> Engine:
-    """The engine of a specification. ``sizes``: where other processes will compute. Raises ConfigError."""
+def make_engine(config: AuditConfig, resolved: Mapping[str, Any], model: MoEModel) -> Engine:
+    """The engine of a specification; that of the plan and those of all ranks cut work alike. Raises ConfigError."""
+    sizes = Sizes(model, resolved["weight_bytes"], torch.device(resolved["device"]).type)
     try:
         return Engine(
             model,

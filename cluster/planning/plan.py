@@ -47,13 +47,13 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
     folder = config.model.offload_folder
     shard = None if divided else open_shard(choice.backend, device, offload=choice.offload, folder=folder)
     model = load_audited(config, asked | {"device": "cpu" if divided else str(device)}, checkpoint, shard)
-    sizes = Sizes(model, choice.share.device, device.type) if divided else None
-    engine = make_engine(config, asked, model, sizes)
+    computing = {"device": str(device), "weight_bytes": choice.share.device}
+    engine = make_engine(config, asked | computing, model)
     resolved = {
         "method": engine.method,
         "experts": _experts(asked["experts"], choice, model.experts_path),
         "linear": model.linear_path,
-        "device": str(device),
+        **computing,
         "backend": choice.backend,
         "offload": choice.offload,
         "micro_batch": engine.micro_batch(config.corpus.max_tokens),
