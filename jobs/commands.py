@@ -182,7 +182,7 @@ def compare(given: argparse.Namespace) -> int:
     folder = RunFolder(given.dir)
     table = compare_with(folder, given.published)
     folder.write_result("side_by_side.csv", table.to_csv(index=False, lineterminator="\n"))
-    say(f"{len(table)} rows, with intervals and reasons, in {folder.path('results', 'side_by_side.csv')}")
+    say(f"{len(table)} rows, with intervals and reasons, in {folder.url}/results/side_by_side.csv")
     return 0
 
 

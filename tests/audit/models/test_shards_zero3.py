@@ -103,7 +103,9 @@ def effects_equal(rank: int, family: str, dtype: torch.dtype, offload: str = "no
 
 def one_idle(rank: int, family: str) -> int:
     """The last rank has no task at all, and serves the others."""
-    model = divided(family, torch.float32)
+    model = divided(
+        family, torch.float32, "none"
+    )  # as effects_equal asks for it: cached, made once by all ranks together
     if rank == dist.get_world_size() - 1:
         with model.shard.task():
             return 0
