@@ -118,8 +118,10 @@ class Nodes:
 
     def raylets(self) -> int:
         """How many nodes there are, those of the autoscaler included."""
-        names = [child.name() for node in [self.head, *self.workers] for child in _children(node.process.pid)]
-        return names.count("raylet")
+        found = {child.pid: child for node in [self.head, *self.workers] for child in _children(node.process.pid)}
+        raylets = {pid: child.ppid() for pid, child in found.items() if child.name() == "raylet"}
+        # Between its fork and its exec what a raylet starts looks like another one.
+        return sum(parent not in raylets for parent in raylets.values())
 
     def close(self) -> None:
         """End every node, the head last, and delete their files."""
