@@ -23,8 +23,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     for item in items:
-        if item.path.is_relative_to(_TESTS / "cluster") or item.path.is_relative_to(_TESTS / "jobs"):
-            # They start clusters, which the tests of a file share: a file stays in one process.
+        clusters = item.path.is_relative_to(_TESTS / "cluster") or item.path.is_relative_to(_TESTS / "jobs")
+        if clusters or item.path.name.startswith(("test_shards_", "test_back_end_table")):
+            # They start clusters, or ranks, which the tests of a file share: a file stays in one process.
             item.add_marker(pytest.mark.xdist_group(item.path.name))
     if config.getoption("--full"):
         return

@@ -87,6 +87,7 @@ def test_ranks_with_tasks_of_their_own_give_the_bits_of_one_process_when_one_is_
     pd.testing.assert_frame_equal(effects_of(folder), whole, check_exact=True)
 
 
+@pytest.mark.full
 def test_layers_on_disk_give_the_bits_of_one_process_and_leave_no_file(place: Path, whole: pd.DataFrame) -> None:
     on_disk = place / "disk"
     on_disk.mkdir()

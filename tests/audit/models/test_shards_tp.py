@@ -35,7 +35,7 @@ POSITIONS = [np.arange(0, 19, 2), np.array([0, 3, 7])]
 # What stays whole, and why; families that are not named divide everything.
 WHOLE = {"olmoe": ("self_attn", "must match the size")}
 FAMILIES = ["olmoe", "qwen2_moe", "deepseek_v3", *("deepseek_v2", "mixtral", "qwen3_moe", "gpt_oss", "glm4_moe")]
-QUICK = {"olmoe", "deepseek_v3", "gpt_oss"}
+QUICK = {"olmoe", "gpt_oss"}
 
 
 def some(families: list[str]) -> list[Any]:
