@@ -13,6 +13,8 @@ from families import ready, texts
 
 from audit.engine import Engine
 from audit.interventions import Intervention, Target
+from audit.models import ModelError
+from audit.models.seam import replaced
 
 SEQUENCES = texts((6, 3), 1)
 POSITIONS = [np.array([0, 5]), np.array([2])]
@@ -105,3 +107,15 @@ def test_longer_sequences_than_the_model_reads() -> None:
     long = texts((257,), 3)
     with pytest.raises(ValueError, match="sequence 0 has 257 tokens, the model reads at most 256; split it"):
         Engine(ready("olmoe"), memory=2**40).measure(long, [np.array([0])], layers=[0], interventions=[Intervention()])
+
+
+@pytest.mark.parametrize(("method", "scope"), [("sweep", "token"), ("oracle", "token"), ("sweep", "sequence")])
+def test_a_layer_that_does_not_call_its_experts_is_an_error_and_not_an_effect_of_nothing(
+    method: str, scope: Any
+) -> None:
+    model = ready("mixtral", 1)
+    engine = Engine(model, memory=2**62, method=method)
+    asked: dict[str, Any] = {"layers": [1], "interventions": [Intervention("zero")], "scope": scope}
+    bypassed = {model.sites[1].block: lambda hidden, *rest, **options: hidden}
+    with replaced(bypassed), pytest.raises(ModelError, match="layer 1 ran without calling its experts"):
+        engine.measure(texts((9,), 1), [np.arange(4)], **asked)
