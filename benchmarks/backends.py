@@ -167,7 +167,7 @@ def _process(
     loaded = time.perf_counter() - start
     engine = Engine(model, memory=int(given["memory"] * 2**30))
     barrier = _barrier(store, setup.processes)
-    own = shard.own_tasks or setup.bare
+    own = shard.traits.own_tasks or setup.bare
     sequence = _sequence(given["tokens"], model.description.vocabulary, seed=rank if own else 0)
     for _ in range(2):  # the first one makes kernels and buffers
         before = dict(shard.gathers)

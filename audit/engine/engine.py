@@ -41,7 +41,7 @@ from audit.engine.sweep import sweep, worlds_per_row
 from audit.engine.tables import effect_table, token_table
 from audit.interventions import NEEDS_CALIBRATION, Intervention, Scope
 from audit.models.moe_model import MoEModel
-from audit.models.shards.shard import out_of_memory
+from audit.models.shards.errors import out_of_memory
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +125,7 @@ class Engine:
         """
         self.require_possible(layers, interventions, scope, all_positions)
         _check_additions(interventions, scope, attribution, redistribution)
-        if attribution and self.method == "oracle" and not self.model.shard.resident:
+        if attribution and self.method == "oracle" and not self.model.shard.traits.resident:
             raise ValueError(
                 "attribution: true needs all layers' weights at one time with the oracle, which this model takes "
                 f"({self.model.description.engine_reason}); back end {self.model.shard.backend} has one layer's"

@@ -140,7 +140,7 @@ def prepare(
 
 def _visit_when_called(layers: nn.ModuleList, shard: ModelShard) -> None:
     """Make every layer bring its own weights where nobody has done so; what replaces a layer brings none."""
-    if shard.resident:
+    if shard.traits.resident:
         return
     for number, layer in enumerate(layers):
         layer.__dict__["forward"] = _visiting(number, layer.forward, shard)

@@ -109,7 +109,7 @@ class EngineWorker:
             seconds=60 * max(config.cluster.hang_minutes, config.cluster.load_minutes),
         )
         # Where ranks share one task, the others have what the first one has.
-        self._answers = shard.own_tasks or place.rank == 0
+        self._answers = shard.traits.own_tasks or place.rank == 0
         inspect = partial(require_weights, weights, config.model.source)
         with shard.task():  # it is tried on a probe
             model = load_audited(config, resolved, checkpoint, shard, inspect)

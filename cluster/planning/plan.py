@@ -15,8 +15,9 @@ from audit.corpus import build_corpus
 from audit.engine.cost import Sizes, working_bytes
 from audit.models.memory import weights_of
 from audit.models.outline import outline
-from audit.models.shards.backends import has_all_layers, has_own_tasks, is_divided, open_shard
+from audit.models.shards.backends import open_shard
 from audit.models.shards.choose import Choice, choose, machine_of, why_undivided
+from audit.models.shards.shard import TRAITS
 from audit.models.sources import read_configuration, resolve_device
 from audit.storage import is_url
 from cluster.driver.driver import Policy
@@ -42,7 +43,7 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
     asked = dict(resolved or _asked(config))
     device = resolve_device(asked["device"])
     choice = _choose(config, asked, checkpoint, device)
-    divided = is_divided(choice.backend)
+    divided = TRAITS[choice.backend].divided
     # Where ranks will divide it, the model is planned with on the CPU: one rank's host must hold it anyway.
     folder = config.model.offload_folder
     shard = None if divided else open_shard(choice.backend, device, offload=choice.offload, folder=folder)
@@ -61,7 +62,7 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
     check_against(config, model.description)
     if model.reroute_refused and (number := _first_of_kind(config, "reroute")) is not None:
         raise ConfigError(f"interventions.{number}: reroute is refused for this model, {model.reroute_refused}")
-    if config.attribution and engine.method == "oracle" and not has_all_layers(choice.backend):
+    if config.attribution and engine.method == "oracle" and not TRAITS[choice.backend].resident:
         raise ConfigError(
             f"attribution: True needs all layers' weights at one time with the oracle, and model.backend: "
             f"{choice.backend} has one layer's; use another back end, or attribution: false"
@@ -103,7 +104,7 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
             ranks=config.cluster.ranks,
             cpus=config.engine.threads,
             gpus=1 if on_gpu else 0,
-            own_tasks=has_own_tasks(choice.backend),
+            own_tasks=TRAITS[choice.backend].own_tasks,
         ),
         policy=Policy(
             max_attempts=config.cluster.max_attempts,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import pytest
 from ray.exceptions import RayTaskError
 
-from audit.models.shards.shard import PeerOutOfMemoryError, ShardError
+from audit.models.shards.errors import PeerOutOfMemoryError, ShardError
 from cluster.driver.group import GroupLostError, TaskError
 from cluster.groups.ray_errors import sort_errors, sort_own_errors
 

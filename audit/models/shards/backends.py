@@ -12,21 +12,6 @@ from audit.models.shards.shard import Inspect, ModelShard
 from audit.models.sources import Reading
 
 
-def is_divided(backend: Backend) -> bool:
-    """Whether every rank holds a part of the layers."""
-    return backend in ("deepspeed_zero3", "deepspeed_tp", "transformers_tp")
-
-
-def has_own_tasks(backend: Backend) -> bool:
-    """Whether each rank runs a task of its own."""
-    return backend == "deepspeed_zero3"
-
-
-def has_all_layers(backend: Backend) -> bool:
-    """Whether the weights of all layers are at hand at all times (``ModelShard.resident``)."""
-    return backend not in ("accelerate", "deepspeed_zero3")
-
-
 def open_shard(
     backend: Backend,
     device: torch.device,
@@ -71,7 +56,7 @@ def load_onto(reading: Reading, shard: Any, inspect: Inspect | None = None) -> t
         from audit.models.shards.library_parallel import load_parallel  # noqa: PLC0415
 
         return load_parallel(reading, shard, inspect)
-    if is_divided(shard.backend):
+    if shard.traits.divided:
         from audit.models.shards.division import load_divided  # noqa: PLC0415
 
         return load_divided(reading, shard, inspect)

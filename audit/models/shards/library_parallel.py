@@ -8,10 +8,8 @@ until the group's time limit ends them.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,28 +21,19 @@ from audit.models.discovery import decoder_layers
 from audit.models.shards.division import agreed
 from audit.models.shards.meeting import meet
 from audit.models.shards.shard import Inspect, ModelShard
-from audit.models.shards.together import over_processes
+from audit.models.shards.together import SharingShard
 from audit.models.sources import Reading
 
 
-class TransformersParallel(ModelShard):
+class TransformersParallel(SharingShard):
     """The ranks have met in torch's process group. ``timeout``: how long a rank waits for another one's words."""
 
-    backend: ClassVar[str] = "transformers_tp"
-    own_tasks: ClassVar[bool] = False
-    resident: ClassVar[bool] = True
+    backend = "transformers_tp"
 
     def __init__(self, rank: int, ranks: int, *, device: torch.device, timeout: timedelta | None = None) -> None:
-        super().__init__(rank, ranks)
         self.control = meet(rank, ranks, device, timeout)
         # Words never share a group with the library's sums, which would take them for numbers.
-        self._together = over_processes(rank, ranks, dist.new_group(backend="gloo", timeout=timeout))
-
-    def task(self) -> AbstractContextManager[None]:
-        return self._together.task()
-
-    def sweep(self, plan: Callable[[], bytes]) -> AbstractContextManager[None]:
-        return self._together.sweep(plan)
+        super().__init__(rank, ranks, dist.new_group(backend="gloo", timeout=timeout))
 
     def weight_bytes(self, layers: nn.ModuleList, module: nn.Module) -> int:
         held = [p.to_local() if isinstance(p, DTensor) else p for p in module.parameters()]

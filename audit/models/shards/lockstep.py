@@ -16,7 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
-from audit.models.shards.shard import ShardError
+from audit.models.shards.errors import ShardError
 from audit.models.sources import first_sentence
 
 IDLE, GONE = -1, -2  # said in place of a layer: my task is over; I cannot take part any more

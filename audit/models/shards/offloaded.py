@@ -35,7 +35,6 @@ class Offloaded(ModelShard):
     """
 
     backend = "accelerate"
-    resident = False
 
     def __init__(self, offload: Offload, folder: str | None = None) -> None:
         super().__init__()

@@ -7,27 +7,33 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
-import torch
 from torch import nn
 
-
-class ShardError(Exception):
-    """The ranks of a group do not do the same; what they would compute together is nobody's effect."""
+from audit.models.memory import Backend
 
 
-class PeerOutOfMemoryError(MemoryError):
-    """Another rank ran out of memory in the sweep that this one shares with it."""
+class Traits(NamedTuple):
+    """What a driver must know of a back end without loading its library.
+
+    ``divided``: every rank holds a part of the layers. ``own_tasks``: each rank carries a task of its own; else every
+    rank runs the same one. ``resident``: the weights of all layers are at hand at all times, so that a gradient may
+    pass through several of them.
+    """
+
+    divided: bool = False
+    own_tasks: bool = False
+    resident: bool = True
 
 
-def out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that memory ran out; torch has several for it."""
-    return (
-        isinstance(error, (torch.OutOfMemoryError, MemoryError))
-        or "can't allocate memory" in str(error)
-        or "not enough memory" in str(error)
-    )
+TRAITS: dict[Backend, Traits] = {
+    "single": Traits(),
+    "accelerate": Traits(resident=False),
+    "deepspeed_zero3": Traits(divided=True, own_tasks=True, resident=False),
+    "deepspeed_tp": Traits(divided=True),
+    "transformers_tp": Traits(divided=True),
+}
 
 
 # Looks at a model that was just read: the module, its decoder layers, how they are held.
@@ -35,19 +41,17 @@ Inspect = Callable[[nn.Module, nn.ModuleList, "ModelShard"], None]
 
 
 class ModelShard:
-    """A model that is whole on one device: back end ``single``. The other back ends override what they do otherwise.
+    """A model that is whole on one device: back end ``single``. The other back ends override what they do otherwise."""
 
-    ``own_tasks``: each rank carries a task of its own; else every rank runs the same one. ``resident``: the weights of
-    all layers are at hand at all times, so that a gradient may pass through several of them.
-    """
-
-    backend: ClassVar[str] = "single"
-    own_tasks: ClassVar[bool] = False
-    resident: ClassVar[bool] = True
+    backend: ClassVar[Backend] = "single"
 
     def __init__(self, rank: int = 0, ranks: int = 1) -> None:
         self.rank, self.ranks = rank, ranks
         self.gathers: dict[int, int] = {}  # layer: how often its weights were fetched from elsewhere
+
+    @property
+    def traits(self) -> Traits:
+        return TRAITS[self.backend]
 
     def visit(self, layer: int) -> AbstractContextManager[None]:
         """Within the block the layer's weights are on this device. Visits of one layer may be nested."""

@@ -13,10 +13,9 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable
-from contextlib import AbstractContextManager
 from datetime import timedelta
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -29,8 +28,7 @@ from audit.models.seam import first_tensor, map_tensors, replaced, tensors_in
 from audit.models.shards.division import distance, tolerance
 from audit.models.shards.expert_slices import DividedExperts, note_shape
 from audit.models.shards.meeting import import_deepspeed, meet
-from audit.models.shards.shard import ModelShard
-from audit.models.shards.together import Together, over_processes
+from audit.models.shards.together import SharingShard, Together
 from audit.models.sources import first_sentence
 
 # Linear maps by the names that transformers uses. What stands in neither list is whole: routers, low-rank projections.
@@ -46,19 +44,16 @@ class _StaysWholeError(ValueError):
     """The reason, as a clause."""
 
 
-class DeepSpeedTensorParallel(ModelShard):
+class DeepSpeedTensorParallel(SharingShard):
     """The ranks have met in torch's process group. ``timeout``: how long a rank waits for another one's words where
     that group speaks for GPUs; None: as long as torch does by default.
     """
 
-    backend: ClassVar[str] = "deepspeed_tp"
-    own_tasks: ClassVar[bool] = False
-    resident: ClassVar[bool] = True
+    backend = "deepspeed_tp"
 
     def __init__(self, rank: int, ranks: int, *, device: torch.device, timeout: timedelta | None = None) -> None:
-        super().__init__(rank, ranks)
         self.control = meet(rank, ranks, device, timeout)
-        self._together = over_processes(rank, ranks, self.control)
+        super().__init__(rank, ranks, self.control)
         self._whole: dict[str, list[tuple[int, str]]] = {}  # part: the layers where it stays whole, and why
         self._most = 0  # bytes of the layers on the rank that has most of each
         import_deepspeed(device)
@@ -68,12 +63,6 @@ class DeepSpeedTensorParallel(ModelShard):
             f"{part} is whole on every rank in {len(layers)} layers, {layers[0][0]} the first: {layers[0][1]}"
             for part, layers in self._whole.items()
         ]
-
-    def task(self) -> AbstractContextManager[None]:
-        return self._together.task()
-
-    def sweep(self, plan: Callable[[], bytes]) -> AbstractContextManager[None]:
-        return self._together.sweep(plan)
 
     def weight_bytes(self, layers: nn.ModuleList, module: nn.Module) -> int:
         """Bytes on the rank that holds most: by them sweeps are cut, which all ranks must cut alike."""

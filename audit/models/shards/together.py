@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from enum import IntEnum
 from typing import Any
 
@@ -18,7 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from audit.models.shards.shard import PeerOutOfMemoryError, ShardError, out_of_memory
+from audit.models.shards.errors import PeerOutOfMemoryError, ShardError, out_of_memory
+from audit.models.shards.shard import ModelShard
 from audit.observations.hashing import hash_words
 
 
@@ -186,3 +187,17 @@ def over_processes(rank: int, ranks: int, control: dist.ProcessGroup | None) -> 
         dist.all_reduce(x)
 
     return Together(rank, exchange, add)
+
+
+class SharingShard(ModelShard):
+    """A shard of a back end whose ranks all run the same task, step by step together."""
+
+    def __init__(self, rank: int, ranks: int, control: dist.ProcessGroup | None) -> None:
+        super().__init__(rank, ranks)
+        self._together = over_processes(rank, ranks, control)
+
+    def task(self) -> AbstractContextManager[None]:
+        return self._together.task()
+
+    def sweep(self, plan: Callable[[], bytes]) -> AbstractContextManager[None]:
+        return self._together.sweep(plan)

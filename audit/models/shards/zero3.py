@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -41,9 +41,7 @@ class DeepSpeedZero3(ModelShard):
     every rank where the offload is not possible on one of them.
     """
 
-    backend: ClassVar[str] = "deepspeed_zero3"
-    own_tasks: ClassVar[bool] = True
-    resident: ClassVar[bool] = False
+    backend = "deepspeed_zero3"
 
     def __init__(
         self,

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from audit.models.shards.errors import ShardError
 from audit.models.shards.lockstep import IDLE, Lockstep, chosen
-from audit.models.shards.shard import ShardError
 
 LAYERS = 6
 SECONDS = 20.0  # a rank that waits longer waits for ever

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from audit.models.shards.shard import PeerOutOfMemoryError, ShardError
+from audit.models.shards.errors import PeerOutOfMemoryError, ShardError
 from audit.models.shards.together import Together, Words, index_checksum
 
 SECONDS = 20.0  # a rank that waits longer waits for ever
