@@ -110,6 +110,9 @@ def parser() -> argparse.ArgumentParser:
     plan.add_argument("--ranks", type=int, metavar="N", help="processes that hold the model together")
     plan.add_argument("--device-memory", metavar="SIZE", help="of each rank's device, such as 80GiB")
     plan.add_argument("--host-memory", metavar="SIZE", help="of the host of all ranks (default: as much as is needed)")
+    plan.add_argument(
+        "--disk", action="store_true", default=None, help="layers may be kept on a local disk (model.offload_folder)"
+    )
     for command in (reduce, prune, compare):
         command.add_argument("dir", metavar="DIR", help="a run's folder")
     _add_jobs(submit, status, follow, stop)

@@ -103,11 +103,11 @@ def plan(given: argparse.Namespace) -> int:
                 f"--set: {given.set[0]!r} changes an audit's file, which --model has none of; leave it out"
             )
         return plan_model(given)
-    for option in ("ranks", "device_memory", "host_memory"):
+    for option in ("ranks", "device_memory", "host_memory", "disk"):
         if getattr(given, option) is not None:
             raise ConfigError(
                 f"--{option.replace('_', '-')}: {getattr(given, option)!r} goes with --model; for an audit's file use "
-                "--set cluster.ranks or engine.memory"
+                "--set cluster.ranks, engine.memory or model.offload_folder"
             )
     output.show_plan(prepare(AuditConfig.load(given.config, given.set)))
     return 0

@@ -15,7 +15,8 @@ from audit.engine.cost import Sizes, room_for
 from audit.models.catalogue import NamedModel, named_model, names
 from audit.models.memory import Backend, Offload, Weights, share_of, weights_of
 from audit.models.outline import Outline, configuration_of, outline
-from audit.models.shards.choose import Machine, choose, gib, label, lack, ranks_needed, why_undivided
+from audit.models.shards.choose import choose, gib, label, lack, ranks_needed, why_undivided
+from audit.models.shards.machine import Machine
 from audit.models.sources import DTYPES, read_configuration
 from jobs.console import print_table, say
 
@@ -62,7 +63,7 @@ def plan_model(given: argparse.Namespace) -> int:
         f"{_LENGTH}. fits: a sixth of the device is left for a sweep; fits from: so many ranks",
         left=("back end",),
     )
-    say(choose(weights, asked.machine, ranks=asked.ranks, undivided=undivided).reason)
+    say(choose(weights, asked.machine, ranks=asked.ranks, disk=bool(given.disk), undivided=undivided).reason)
     return 0
 
 

@@ -72,6 +72,10 @@ class Share:
     host: int = 0
     disk: int = 0
 
+    def beside_rows(self, device: str) -> int:
+        """Bytes in the memory that a sweep's rows are in: on ``cpu`` that is the host's."""
+        return self.device + (self.host if device == "cpu" else 0)
+
 
 def weights_of(module: nn.Module, layers: nn.ModuleList, sites: Mapping[int, Site]) -> Weights:
     """Bytes by part, from the parameters' shapes and types."""

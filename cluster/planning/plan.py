@@ -16,7 +16,8 @@ from audit.engine.cost import Sizes, working_bytes
 from audit.models.memory import weights_of
 from audit.models.outline import outline
 from audit.models.shards.backends import open_shard
-from audit.models.shards.choose import Choice, choose, machine_of, why_undivided
+from audit.models.shards.choose import Choice, choose, why_undivided
+from audit.models.shards.machine import local_folder, machine_of
 from audit.models.shards.shard import TRAITS
 from audit.models.sources import read_configuration, resolve_device
 from audit.storage import is_url
@@ -48,7 +49,7 @@ def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> J
     folder = config.model.offload_folder
     shard = None if divided else open_shard(choice.backend, device, offload=choice.offload, folder=folder)
     model = load_audited(config, asked | {"device": "cpu" if divided else str(device)}, checkpoint, shard)
-    computing = {"device": str(device), "weight_bytes": choice.share.device}
+    computing = {"device": str(device), "weight_bytes": choice.share.beside_rows(device.type)}
     engine = make_engine(config, asked | computing, model)
     resolved = {
         "method": engine.method,
@@ -144,6 +145,8 @@ def _choose(
     trust = model.trust_remote_code
     configuration = read_configuration(source, files=files, revision=model.revision, trust_remote_code=trust)
     found = outline(configuration, source=source, dtype=model.dtype, trust_remote_code=trust)
+    if model.offload_folder is not None:
+        local_folder(model.offload_folder)
     ranks = config.cluster.ranks
     choice = choose(
         weights_of(found.module, found.layers, found.sites),
@@ -151,11 +154,11 @@ def _choose(
         backend=asked["backend"],
         ranks=ranks,
         offload=asked["offload"],
-        folder=model.offload_folder,
+        disk=model.offload_folder is not None,
         undivided=why_undivided(found.sites),
     )
     try:
-        working_bytes(Sizes(found, choice.share.device, device.type), int(config.engine.memory))
+        working_bytes(Sizes(found, choice.share.beside_rows(device.type), device.type), int(config.engine.memory))
     except ValueError as error:
         raise ConfigError(str(error)) from error
     return choice

@@ -38,6 +38,8 @@ def test_ranks_and_memory_can_be_given(capsys: pytest.CaptureFixture[str]) -> No
     assert status == 0
     assert "deepspeed_tp, because it is the fastest that fits: each rank has 24.0 GiB" in out
     assert "accelerate with offload cpu, because single needs" in planned(capsys, *options, "--ranks", "1")[1]
+    smaller = (*options[:-1], "64GiB", "--ranks", "1", "--disk")
+    assert "accelerate with offload nvme, because single needs" in planned(capsys, *smaller)[1]
 
 
 def test_too_little_memory_is_one_sentence_after_the_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -77,6 +79,7 @@ def test_a_folder_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture
         (("audit.yaml", "--model", "olmoe_1b_7b"), "plan: both of CONFIG and --model given"),
         ((), "plan: neither of CONFIG and --model given"),
         (("audit.yaml", "--ranks", "2"), "--ranks: 2 goes with --model"),
+        (("audit.yaml", "--disk"), "--disk: True goes with --model"),
     ],
 )
 def test_mistakes_are_one_sentence(options: tuple[str, ...], said: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,33 +2,16 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
-
-import psutil
-import torch
 
 from audit.models.discovery import ModelError, Site, whole_shape
 from audit.models.memory import BACKENDS, OFFLOADS, Backend, Offload, Share, Weights, share_of
+from audit.models.shards.machine import Machine, local_folder
 
 ROOM = 1.2  # a device's memory over the weights on it: the rest is for the rows of a sweep
 MOST_RANKS = 1024
 _CHECK: tuple[Backend, Offload] = ("transformers_tp", "none")  # has no gate of ours: taken where it is named
-
-
-@dataclass(frozen=True, slots=True)
-class Machine:
-    """What the ranks of a group run on. ``memory``: bytes of one device; ``host``: of the host that all ranks share.
-
-    On ``cpu`` the host is the device: ``memory`` is one rank's part of it.
-    """
-
-    device: Literal["cpu", "cuda"]
-    memory: int
-    host: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,23 +32,25 @@ def choose(
     backend: str = "auto",
     ranks: int = 1,
     offload: str = "auto",
-    folder: str | None = None,
+    disk: bool = False,
     undivided: str | None = None,
 ) -> Choice:
     """The back end that holds these weights in ``ranks`` processes on this machine.
 
-    ``folder``: one on a local disk, without which no layer is kept on a disk. ``undivided``: why the experts of this
-    model cannot be divided; None where they can. What is named is taken, what is ``auto`` chosen. Raises ModelError,
-    one sentence, where what is named is not possible or the memory too small.
+    ``disk``: whether layers may be kept on a local disk. ``undivided``: why the experts of this model cannot be
+    divided; None where they can. What is named is taken, what is ``auto`` chosen. Raises ModelError, one sentence,
+    where what is named is not possible or the memory too small.
     """
-    _require_known(backend, ranks, offload, folder)
+    _require_known(backend, ranks, offload)
+    if offload == "nvme" and not disk:
+        local_folder(None)
     _require_together(weights, backend, ranks, offload, undivided)
     if offload == "cpu" and machine.device == "cpu":
         raise ModelError(
             "model.offload: 'cpu' is not possible where the device is the CPU, whose memory has the layers anyway; use "
             "auto or none, or nvme with model.offload_folder"
         )
-    if backend == "accelerate" and machine.device == "cpu" and folder is None:
+    if backend == "accelerate" and machine.device == "cpu" and not disk:
         raise ModelError(
             "model.backend: accelerate keeps its layers on disk where the device is the CPU, and needs "
             "model.offload_folder, a folder on a local disk; name one, or use single"
@@ -75,7 +60,7 @@ def choose(
         refused.append(undivided)
     if backend == "auto" and ranks > weights.experts:
         refused.append(f"deepspeed_tp divides {weights.experts} experts")
-    candidates = _candidates(weights, machine, backend, ranks, offload, folder, undivided)
+    candidates = _candidates(weights, machine, backend, ranks, offload, disk, undivided)
     # Where all else fails, a back end that was asked for may fill its device to the brim.
     for room in (ROOM,) if backend == "auto" else (ROOM, 1.0):
         for name, place in candidates:
@@ -100,7 +85,7 @@ def lack(
 ) -> str | None:
     """What is too small for this share and its ``room``, completing "it ..."; None where all fits."""
     share = share_of(weights, backend, ranks, offload)
-    held = share.device + (share.host if machine.device == "cpu" else 0)
+    held = share.beside_rows(machine.device)
     needed = held * room
     if backend == "deepspeed_tp" and ranks > 1:  # every layer comes whole to be divided, the last one beside all shares
         needed = max(needed, held + weights.largest_layer)
@@ -136,18 +121,6 @@ def why_undivided(sites: Mapping[int, Site]) -> str | None:
     return None
 
 
-def machine_of(device: torch.device, ranks: int = 1) -> Machine:
-    """This machine, for the ``ranks`` processes of one group. Raises ModelError where the device is absent."""
-    host = int(psutil.virtual_memory().total)
-    if device.type != "cuda":
-        return Machine("cpu", host // ranks, host)
-    if not torch.cuda.is_available():
-        raise ModelError(
-            f"model.device: {str(device)!r} was asked for, but this machine has no CUDA device; use cpu or auto"
-        )
-    return Machine("cuda", int(torch.cuda.get_device_properties(device).total_memory), host)
-
-
 def gib(count: float) -> str:
     """Bytes for people."""
     return f"{count / 2**30:,.1f} GiB" if count >= 2**30 else f"{count / 2**20:,.1f} MiB"
@@ -158,23 +131,12 @@ def label(backend: Backend, offload: Offload) -> str:
     return backend if offload == "none" else f"{backend} with offload {offload}"
 
 
-def _require_known(backend: str, ranks: int, offload: str, folder: str | None) -> None:
+def _require_known(backend: str, ranks: int, offload: str) -> None:
     for field, value, known in (("backend", backend, BACKENDS), ("offload", offload, OFFLOADS)):
         if value not in ("auto", *known):
             raise ModelError(f"model.{field}: {value!r} is unknown; known are auto, {', '.join(known)}")
     if ranks < 1:
         raise ModelError(f"cluster.ranks: {ranks} is not possible; it takes a whole number of at least 1")
-    if folder is None:
-        if offload == "nvme":
-            raise ModelError(
-                "model.offload: 'nvme' needs model.offload_folder, which is not given; name a folder on a local disk"
-            )
-        return
-    path = Path(folder).expanduser()
-    if not path.is_dir():
-        raise ModelError(f"model.offload_folder: {folder!r} does not exist; name a folder on a local disk")
-    if not os.access(path, os.W_OK):
-        raise ModelError(f"model.offload_folder: {folder!r} cannot be written to; name a folder that can")
 
 
 def _require_together(weights: Weights, backend: str, ranks: int, offload: str, undivided: str | None) -> None:
@@ -210,12 +172,12 @@ def _candidates(
     backend: str,
     ranks: int,
     offload: str,
-    folder: str | None,
+    disk: bool,
     undivided: str | None,
 ) -> list[tuple[Backend, Offload]]:
     """What may be tried, the fastest first."""
     elsewhere: list[Offload] = ["cpu"] if machine.device == "cuda" else []  # on a CPU that is where the layers are
-    elsewhere += ["nvme"] if folder is not None else []
+    elsewhere += ["nvme"] if disk else []
     one: list[tuple[Backend, Offload]] = [("single", "none"), *(("accelerate", place) for place in elsewhere)]
     several: list[tuple[Backend, Offload]] = [
         ("deepspeed_tp", "none"),

@@ -7,7 +7,7 @@ float32 stays so.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -23,6 +23,7 @@ from audit.models.shards.shard import Inspect, ModelShard
 from audit.models.sources import Reading, first_sentence
 
 _PROBE_ROWS = 16
+_OUTSIDE = -1  # in place of a layer's number
 T = TypeVar("T")
 
 
@@ -85,13 +86,14 @@ def divide_module(module: Any, shard: Divider, device: torch.device) -> Any:
     prefix = next(name for name, child in module.named_modules() if child is layers) + "."
     told: list[_Told] = _from_rank_0(shard, _tensors(module) if shard.rank == 0 else None)
     agreed(shard, lambda: _require_same(_tensors(module), told))
+    parts = agreed(shard, lambda: _parts(told, prefix))
 
-    agreed(shard, lambda: _fetch(module, (t for t in told if not t.name.startswith(prefix)), shard, device))
+    _fetch(module, parts.pop(_OUTSIDE, []), shard, device)
     calls = agreed(shard, lambda: _probe_calls(module, layers, device))
     hidden = calls[0].hidden
     for number, layer in enumerate(layers):
-        within = [t for t in told if t.name.startswith(f"{prefix}{number}.")]
-        hidden = agreed(shard, lambda: _divide_layer(module, number, layer, within, shard, device, calls, hidden))  # noqa: B023
+        _fetch(module, parts[number], shard, device)
+        hidden = agreed(shard, lambda: _divide_layer(number, layer, shard, calls[number], hidden))  # noqa: B023
     return module
 
 
@@ -170,22 +172,47 @@ def _from_rank_0(shard: Divider, value: Any) -> Any:
     return box[0]
 
 
-def _fetch(module: nn.Module, told: Iterable[_Told], shard: Divider, device: torch.device) -> None:
-    """Bring rank 0's values of these tensors to the device of every rank."""
-    placed: dict[str, Tensor] = {}
+def _parts(told: Sequence[_Told], prefix: str) -> dict[int, list[_Told]]:
+    """The tensors of every layer, by its number, and of what lies outside the layers."""
+
+    def part(name: str) -> int:
+        return int(name.removeprefix(prefix).partition(".")[0]) if name.startswith(prefix) else _OUTSIDE
+
+    parts: dict[int, list[_Told]] = {}
     for t in told:
+        if t.same_as is not None and part(t.same_as) != part(t.name):
+            raise ModelError(
+                f"model.backend: {t.same_as} and {t.name} are one tensor, and layers that share weights cannot be "
+                "divided; use single"
+            )
+        parts.setdefault(part(t.name), []).append(t)
+    return parts
+
+
+def _fetch(module: nn.Module, told: Sequence[_Told], shard: Divider, device: torch.device) -> None:
+    """Bring rank 0's values of these tensors to the device of every rank. All ranks call it together."""
+
+    def place() -> dict[str, Tensor]:
+        placed: dict[str, Tensor] = {}
+        for t in told:
+            if t.same_as is not None:
+                placed[t.name] = placed[t.same_as]
+                continue
+            if shard.rank == 0:
+                owner, _, name = t.name.rpartition(".")
+                value = getattr(module.get_submodule(owner), name).detach().to(device).contiguous()
+            else:
+                value = torch.empty(t.shape, dtype=t.dtype, device=device)
+            placed[t.name] = nn.Parameter(value, requires_grad=False) if t.parameter else value
+        return placed
+
+    placed = agreed(shard, place)  # a rank without room must say so before the others wait for it
+    for t in told:
+        value = placed[t.name]
+        if shard.ranks > 1 and value.numel() and t.same_as is None:
+            dist.broadcast(value.detach().view(-1).view(torch.uint8), 0)  # bytes: gloo does not know every data type
         owner, _, name = t.name.rpartition(".")
         holder = module.get_submodule(owner)
-        if t.same_as is not None:
-            value = placed[t.same_as]
-        elif shard.rank == 0:
-            value = getattr(holder, name).detach().to(device).contiguous()
-        else:
-            value = torch.empty(t.shape, dtype=t.dtype, device=device)
-        if t.same_as is None:
-            if shard.ranks > 1 and value.numel():
-                dist.broadcast(value.view(-1).view(torch.uint8), 0)  # bytes: gloo does not know every data type
-            value = placed[t.name] = nn.Parameter(value, requires_grad=False) if t.parameter else value
         (holder._parameters if t.parameter else holder._buffers)[name] = value  # type: ignore[assignment]
 
 
@@ -196,19 +223,8 @@ def _probe_calls(module: nn.Module, layers: nn.ModuleList, device: torch.device)
     return record_calls(module, layers, ids.to(device))
 
 
-def _divide_layer(
-    module: nn.Module,
-    number: int,
-    layer: nn.Module,
-    told: list[_Told],
-    shard: Divider,
-    device: torch.device,
-    calls: list[LayerCall],
-    hidden: Tensor,
-) -> Tensor:
+def _divide_layer(number: int, layer: nn.Module, shard: Divider, call: LayerCall, hidden: Tensor) -> Tensor:
     """Take this rank's share of one layer; returns the whole layer's output for the probe, the next one's input."""
-    _fetch(module, told, shard, device)
-    call = calls[number]
     mask = {} if call.mask is None else {"attention_mask": call.mask}
 
     @torch.inference_mode()

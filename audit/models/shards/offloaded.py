@@ -11,7 +11,6 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,8 +19,9 @@ from accelerate.utils import PrefixedDataset, set_module_tensor_to_device
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from audit.models.discovery import ModelError, decoder_layers, find_sites
+from audit.models.discovery import decoder_layers, find_sites
 from audit.models.memory import Offload
+from audit.models.shards.machine import local_folder
 from audit.models.shards.shard import Inspect, ModelShard
 from audit.models.sources import Reading
 
@@ -38,7 +38,7 @@ class Offloaded(ModelShard):
 
     def __init__(self, offload: Offload, folder: str | None = None) -> None:
         super().__init__()
-        self.folder = _existing(folder) if offload == "nvme" else None
+        self.folder = local_folder(folder) if offload == "nvme" else None
         self._device = torch.device("cpu")
         self._layers: list[nn.Module] = []
         self._kept: list[Mapping[str, Tensor]] = []  # per layer, by the parameter's name in it
@@ -176,10 +176,3 @@ def _on_disk(module: nn.Module) -> dict[str, dict[str, str]]:
             index: dict[str, dict[str, str]] = kept.dataset.index
             return index
     return {}
-
-
-def _existing(folder: str | None) -> Path:
-    path = None if folder is None else Path(folder).expanduser()
-    if path is None or not path.is_dir():
-        raise ModelError(f"model.offload_folder: {folder!r} does not exist; name a folder on a local disk")
-    return path

@@ -8,12 +8,10 @@ gathered has the very bits of what was divided, so effects are those of a model 
 from __future__ import annotations
 
 import math
-import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from audit.models.discovery import ModelError, whole_shape
 from audit.models.memory import Offload
 from audit.models.shards.division import agreed
 from audit.models.shards.lockstep import Lockstep
+from audit.models.shards.machine import local_folder
 from audit.models.shards.meeting import import_deepspeed, meet
 from audit.models.shards.shard import ModelShard
 from audit.models.sources import first_sentence
@@ -193,11 +192,7 @@ def _bytes(parameter: nn.Parameter) -> int:
 def _require_offload(offload: Offload, folder: str | None) -> None:
     if offload != "nvme":
         return
-    if folder is None or not Path(folder).is_dir() or not os.access(folder, os.W_OK):
-        raise ModelError(
-            f"model.offload_folder: {folder!r} is no folder that this process may write to; offload nvme needs one on "
-            "a local disk of every machine"
-        )
+    local_folder(folder)
     from deepspeed.ops.op_builder import AsyncIOBuilder  # noqa: PLC0415 -- only this offload needs it
 
     if not AsyncIOBuilder().is_compatible(verbose=False):

@@ -1,6 +1,6 @@
 """Every family on every back end: verified against the model in one piece, or refused; never a wrong number.
 
-With ``--full`` the whole table is measured and written to docs/back_ends.md.
+With ``--full`` the whole table is measured and written to the end of docs/models.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from audit.models.sources import Reading
 
 DIVIDED: tuple[Backend, ...] = ("deepspeed_zero3", "deepspeed_tp", "transformers_tp")
 COLUMNS: tuple[Backend, ...] = ("accelerate", *DIVIDED)
-TABLE = Path(__file__).parents[3] / "docs" / "back_ends.md"
+DOCUMENT = Path(__file__).parents[3] / "docs" / "models.md"
+HEADING = "## Families and back ends\n"
 CPU = torch.device("cpu")
 ALWAYS = ("mixtral",)
 FAMILIES = [pytest.param(f, marks=() if f in ALWAYS else pytest.mark.full) for f in (*SWEEP, *RECURRENT)]
@@ -86,7 +87,9 @@ def rows(request: pytest.FixtureRequest) -> Iterator[dict[str, dict[str, str]]]:
     found: dict[str, dict[str, str]] = {}
     yield found
     if request.config.getoption("--full") and len(found) == len(FAMILIES):
-        TABLE.write_text(document(found), encoding="utf-8")
+        before, heading, _ = DOCUMENT.read_text(encoding="utf-8").partition(HEADING)
+        assert heading, "docs/models.md has no heading to write below"
+        DOCUMENT.write_text(before + HEADING + section(found), encoding="utf-8")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -110,18 +113,17 @@ def test_a_family_is_exact_on_a_back_end_or_refused_by_it(
         assert text.startswith(("refused: model", "same bits")) or float(text.split()[0]) <= most, (backend, text)
 
 
-def document(rows: dict[str, dict[str, str]]) -> str:
+def section(rows: dict[str, dict[str, str]]) -> str:
     versions = ", ".join(
         f"{name} {importlib.metadata.version(name)}" for name in ("torch", "transformers", "deepspeed", "accelerate")
     )
     lines = [
-        "# Families and back ends",
-        "",
         "Written by `make test-all` (tests/audit/models/test_back_end_table.py). Tiny random models of every family, "
         "float32, on the CPU, two ranks over gloo where a model is divided;",
         f"{versions}. Each cell compares every number of every effect with the model in one piece: `same bits`, or the "
         "largest difference",
-        "(nats, or the outcome's own unit), with what measured them in brackets; or why the back end refuses it.",
+        "(nats, or the outcome's own unit), which verifies the back end for the family, with what measured them in "
+        "brackets; or why the back end refuses it.",
         "No row was measured on a GPU.",
         "",
         f"| family | {' | '.join(COLUMNS)} |",

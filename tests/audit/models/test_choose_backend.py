@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from families import config_of
@@ -13,7 +15,8 @@ from audit.models.catalogue import named_model, names
 from audit.models.discovery import ModelError
 from audit.models.memory import LayerWeights, Weights, weights_of
 from audit.models.outline import configuration_of, outline
-from audit.models.shards.choose import Machine, choose, machine_of, ranks_needed, why_undivided
+from audit.models.shards.choose import choose, ranks_needed, why_undivided
+from audit.models.shards.machine import Machine, host_memory, local_folder, machine_of
 
 GIB = 2**30
 # 100 GiB: 4 outside, 8 layers of 12, of which 10 are experts.
@@ -49,14 +52,14 @@ def test_the_fastest_that_fits_is_chosen(memory: float, host: float, ranks: int,
     assert found.reason.startswith(found.backend)
 
 
-def test_disk_is_taken_last_and_only_with_a_folder(tmp_path: Path) -> None:
+def test_disk_is_taken_last_and_only_where_it_may_be() -> None:
     with pytest.raises(ModelError, match=r"needs 100.0 GiB of the host's 50.0 GiB.*use hosts with at least 100.0 GiB"):
         choose(MODEL, on(24, host=50))
-    found = choose(MODEL, on(24, host=50), folder=str(tmp_path))
+    found = choose(MODEL, on(24, host=50), disk=True)
     assert (found.backend, found.offload, found.share.disk) == ("accelerate", "nvme", 80 * GIB)
     assert "on disk" in found.reason
-    assert choose(MODEL, on(24), folder=str(tmp_path)).offload == "cpu"
-    assert choose(MODEL, on(24), ranks=2, offload="nvme", folder=str(tmp_path)).backend == "deepspeed_zero3"
+    assert choose(MODEL, on(24), disk=True).offload == "cpu"
+    assert choose(MODEL, on(24), ranks=2, offload="nvme", disk=True).backend == "deepspeed_zero3"
 
 
 def test_experts_that_cannot_be_divided_are_gathered_instead() -> None:
@@ -81,21 +84,20 @@ def test_what_is_named_is_taken_to_the_brim() -> None:
     assert choose(MODEL, on(200), ranks=1, backend="deepspeed_tp").ranks == 1
 
 
-def test_on_a_cpu_the_host_is_the_device(tmp_path: Path) -> None:
+def test_on_a_cpu_the_host_is_the_device() -> None:
     assert choose(MODEL, on(120, 120, "cpu")).backend == "single"
     with pytest.raises(ModelError, match=r"needs 120.0 GiB of a device's 110.0 GiB.*or model.offload_folder"):
         choose(MODEL, on(110, 110, "cpu"))
-    folder = str(tmp_path)
     # A layer of 12, 4 outside, and the 2 of every layer that are not written: 32, and a fifth more.
-    assert choose(MODEL, on(39, 39, "cpu"), folder=folder).offload == "nvme"
+    assert choose(MODEL, on(39, 39, "cpu"), disk=True).offload == "nvme"
     with pytest.raises(ModelError, match=r"accelerate with offload nvme needs 38.4 GiB of a device's 38.0 GiB"):
-        choose(MODEL, on(38, 38, "cpu"), folder=folder)
+        choose(MODEL, on(38, 38, "cpu"), disk=True)
     with pytest.raises(ModelError, match="accelerate keeps its layers on disk where the device is the CPU"):
         choose(MODEL, on(30, 30, "cpu"), backend="accelerate")
     assert choose(MODEL, on(130, 260, "cpu"), ranks=2, backend="deepspeed_zero3").offload == "none"
     for backend in ("auto", "accelerate", "deepspeed_zero3"):
         with pytest.raises(ModelError, match=r"model\.offload: 'cpu' is not possible where the device is the CPU"):
-            choose(MODEL, on(130, 130, "cpu"), backend=backend, offload="cpu", folder=folder)
+            choose(MODEL, on(130, 130, "cpu"), backend=backend, offload="cpu", disk=True)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,6 @@ def test_on_a_cpu_the_host_is_the_device(tmp_path: Path) -> None:
         ({"ranks": 2, "backend": "single"}, "cluster.ranks: 2 is not possible with model.backend: single.*use 1"),
         ({"ranks": 2, "backend": "accelerate"}, "cluster.ranks: 2 is not possible with model.backend: accelerate"),
         ({"offload": "nvme"}, "model.offload: 'nvme' needs model.offload_folder"),
-        ({"folder": "/no/such"}, "model.offload_folder: '/no/such' does not exist; name a folder on a local disk"),
         ({"backend": "single", "offload": "cpu"}, "model.offload: 'cpu' is not possible with model.backend: single"),
         ({"backend": "accelerate", "offload": "none"}, "model.offload: 'none' is not possible with model.backend: acc"),
         ({"backend": "single"}, r"single cannot hold 100.0 GiB of weights.*needs 100.0 GiB of a device's 24.0 GiB"),
@@ -159,6 +160,36 @@ def test_experts_stacked_otherwise_cannot_be_divided() -> None:
     reason = why_undivided(found.sites)
     assert reason is not None
     assert "down_proj in layer 1 is [9, 64, 32]" in reason
+
+
+@pytest.mark.parametrize(
+    ("groups", "limits", "expected"),
+    [
+        ("0::/\n", {"sys/fs/cgroup/memory.max": "1000\n"}, 1000),  # a container that sees its own group alone
+        ("0::/user/job\n", {"sys/fs/cgroup/user/memory.max": "2000", "sys/fs/cgroup/user/job/memory.max": "max"}, 2000),
+        ("1:cpu:/a\n9:cpu,memory:/a\n0::/\n", {"sys/fs/cgroup/memory/a/memory.limit_in_bytes": "3000"}, 3000),
+        ("0::/\n", {"sys/fs/cgroup/memory.max": "max\n"}, None),
+        ("0::/\n", {}, None),
+        (None, {}, None),
+    ],
+)
+def test_a_hosts_memory_is_what_its_control_groups_leave(
+    tmp_path: Path, groups: str | None, limits: dict[str, str], expected: int | None
+) -> None:
+    for name, text in {**limits, **({} if groups is None else {"proc/self/cgroup": groups})}.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert host_memory(tmp_path) == (psutil.virtual_memory().total if expected is None else expected)
+
+
+def test_a_folder_for_layers_is_there_and_may_be_written_to(tmp_path: Path) -> None:
+    assert local_folder(str(tmp_path)) == tmp_path
+    with pytest.raises(ModelError, match=r"model.offload_folder: '/no/such' does not exist; name a folder on a local"):
+        local_folder("/no/such")
+    if os.geteuid():
+        tmp_path.chmod(0o500)
+        with pytest.raises(ModelError, match="cannot be written to; name a folder that can"):
+            local_folder(str(tmp_path))
 
 
 def test_this_machine() -> None:

@@ -157,7 +157,7 @@ def _on_this_rank(rank: int, family: str, backend: Backend, offload: Offload) ->
         model = prepare(divide_module(whole, shard, torch.device("cpu")), shard=shard)
         held = shard.weight_bytes(model.layers, model.module)
     share = share_of(weights, backend, 2, offload)
-    return held, share.device + share.host, weights.largest_layer
+    return held, share.beside_rows("cpu"), weights.largest_layer
 
 
 @pytest.mark.full

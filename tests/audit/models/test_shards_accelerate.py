@@ -220,5 +220,5 @@ def test_the_folder_is_empty_again_once_the_model_is_read(
 def test_a_folder_that_is_not_there_is_refused() -> None:
     with pytest.raises(ModelError, match=r"model.offload_folder: '/no/such' does not exist; name a folder on a local"):
         Offloaded("nvme", "/no/such")
-    with pytest.raises(ModelError, match=r"model.offload_folder: None does not exist"):
+    with pytest.raises(ModelError, match=r"model.offload: 'nvme' needs model.offload_folder, which is not given"):
         Offloaded("nvme")

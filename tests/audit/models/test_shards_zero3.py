@@ -38,7 +38,7 @@ HALF = [
     for f in ("olmoe", "qwen2_moe", "deepseek_v2", "deepseek_v3")
 ]
 CPU = torch.device("cpu")
-LINEAR = F.linear
+LINEAR, EMPTY = F.linear, torch.empty
 INTERVENTIONS = [
     Intervention("zero"),
     Intervention("scale", factor=0.5),
@@ -275,18 +275,37 @@ def wrongly_divided(rank: int) -> str:
     return str(error.value)
 
 
-def out_of_memory_before_division(rank: int) -> str:
+def out_of_memory_before_division(rank: int, of: str) -> str:
     shard = DeepSpeedZero3(rank, dist.get_world_size(), device=CPU)
     module = build("olmoe", dtype=torch.float32) if rank == 0 else skeleton(config_of("olmoe"))
-    if rank == 1:
-        module.model.layers[2].forward = _no_memory
-    with pytest.raises((ModelError, MemoryError)) as error:
-        divide_module(module, shard, CPU)
+    with pytest.MonkeyPatch.context() as patched:
+        if rank == 1 and of == "a probe":
+            patched.setattr(module.model.layers[2], "forward", _no_memory)
+        if rank == 1 and of == "a layer":
+            patched.setattr(torch, "empty", _no_memory_for_weights)
+        with pytest.raises((ModelError, MemoryError)) as error:
+            divide_module(module, shard, CPU)
     return str(error.value)
 
 
 def _no_memory(*args: Any, **kwargs: Any) -> Any:
-    raise MemoryError("none left for a probe")
+    raise MemoryError("none left")
+
+
+def _no_memory_for_weights(*size: Any, **options: Any) -> Any:
+    if isinstance(size[0], tuple):
+        raise MemoryError("none left")
+    return EMPTY(*size, **options)  # what ranks exchange
+
+
+def layers_that_share_weights(rank: int) -> str:
+    shard = DeepSpeedZero3(rank, dist.get_world_size(), device=CPU)
+    module = build("olmoe", dtype=torch.float32) if rank == 0 else skeleton(config_of("olmoe"))
+    first, second = (layer.self_attn.q_proj for layer in module.model.layers[:2])
+    second.weight = first.weight
+    with pytest.raises(ModelError) as error:
+        divide_module(module, shard, CPU)
+    return str(error.value)
 
 
 # ---- the tests ------------------------------------------------------------------------------------------------------
@@ -412,10 +431,16 @@ def test_a_wrongly_divided_layer_is_refused_on_all(pair: Ranks) -> None:
         assert "layer 2 of this family computes something else when it is divided" in text
 
 
-def test_what_fails_on_one_rank_before_a_layer_is_divided_keeps_nobody_waiting(pair: Ranks) -> None:
-    first, second = pair.all(out_of_memory_before_division, seconds=60)
-    assert second == "none left for a probe"
+@pytest.mark.parametrize("of", ["a layer", "a probe"])
+def test_what_fails_on_one_rank_before_a_layer_is_divided_keeps_nobody_waiting(pair: Ranks, of: str) -> None:
+    first, second = pair.all(out_of_memory_before_division, of, seconds=60)
+    assert second == "none left"
     assert first == second + " (rank 1)"
+
+
+def test_layers_that_share_weights_are_refused_on_all(pair: Ranks) -> None:
+    said = "model.backend: model.layers.0.self_attn.q_proj.weight and model.layers.1.self_attn.q_proj.weight are one"
+    assert all(text.startswith(said) and text.endswith("use single") for text in pair.all(layers_that_share_weights))
 
 
 @pytest.mark.full
@@ -476,8 +501,8 @@ def test_one_rank_needs_no_group(no_group_after: None) -> None:
 @pytest.mark.parametrize(
     ("folder", "said"),
     [
-        (None, "None is no folder that this process may write to"),
-        ("/nowhere", "'/nowhere' is no folder that this process may write to"),
+        (None, "'nvme' needs model.offload_folder, which is not given"),
+        ("/nowhere", "'/nowhere' does not exist; name a folder on a local disk"),
         (".", "apt-get install libaio-dev"),
     ],
 )
