@@ -27,14 +27,15 @@ def measure(
     interventions: Sequence[Intervention] | None = None,
     scope: Scope = "token",
     calibration: Calibration | None = None,
-    memory: int = 4 * 2**30,
+    memory: int | None = None,
 ) -> pa.Table:
     """The effect table of interventions on ``text`` (a string, token ids, or several of either);
     ``.to_pandas()`` reads it.
 
     By default every active expert is removed by itself (``zero``) at every MoE layer and position. ``experts``
     restricts that to some ids; ``interventions`` replaces it, and then carries its own targets. ``positions`` are
-    token positions, the same in every text. ``memory`` in bytes. Columns: docs/tables.md. Raises ValueError for
+    token positions, the same in every text. ``memory`` in bytes: a budget, as ``engine.memory`` of a configuration;
+    None: what that takes by itself. Columns: docs/tables.md. Raises ValueError for
     what cannot be measured.
     """
     if experts is not None and interventions is not None:

@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--model", help="a name of configs/models; without it the OLMoE-shaped benchmark model")
     parser.add_argument("--tokens", type=int, default=256, help="tokens of a sequence, all of them audited")
-    parser.add_argument("--memory", type=float, default=4.0, help="GiB of the engine's budget")
+    parser.add_argument("--memory", type=float, help="GiB of the engine's budget (default: what it takes by itself)")
     parser.add_argument("--only", action="append", help="a back end; may be repeated")
     parser.add_argument("--markdown", type=Path, help="write the table here")
     given = parser.parse_args(arguments)
@@ -165,7 +165,8 @@ def _process(
     with shard.task():
         model = validate(load_model(checkpoint, dtype=dtype, device=str(device), linear="torch", shard=shard))
     loaded = time.perf_counter() - start
-    engine = Engine(model, memory=int(given["memory"] * 2**30))
+    memory = given["memory"]
+    engine = Engine(model, memory=None if memory is None else int(memory * 2**30))
     barrier = _barrier(store, setup.processes)
     own = shard.traits.own_tasks or setup.bare
     sequence = _sequence(given["tokens"], model.description.vocabulary, seed=rank if own else 0)
@@ -238,6 +239,9 @@ def write_checkpoint(name: str | None, folder: Path, device: str) -> str:
     with torch.device(device):
         module = AutoModelForCausalLM.from_config(configuration_of(described.fields(), name), dtype=torch.bfloat16)
     module.save_pretrained(folder)
+    del module
+    if device == "cuda":
+        torch.cuda.empty_cache()  # the processes that are measured need it
     return str(folder)
 
 

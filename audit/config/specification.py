@@ -229,8 +229,8 @@ class EngineConfig(Section):
     """How effects are computed."""
 
     method: Literal["auto", "sweep", "oracle"] = "auto"
-    memory: Annotated[ByteSize, Field(gt=0)] = Field(
-        default=ByteSize(2 * 2**30), description="more than 0 bytes: a number, or a text such as 512MiB or 2GiB"
+    memory: Literal["auto"] | Annotated[ByteSize, Field(gt=0)] = Field(
+        default="auto", description="auto, or more than 0 bytes: a number, or a text such as 512MiB or 2GiB"
     )
     micro_batch: int | None = Field(
         default=None, ge=1, description="null for what the memory allows, or a whole number of rows of at least 1"

@@ -70,7 +70,7 @@ def loss_gradients(model: MoEModel, request: Request, micro_batch: int) -> LossG
     row_R, target_R = request.rows_M[m_R], target_M[m_R]
     parts = [slice(a, min(a + micro_batch, len(row_R))) for a in range(0, len(row_R), micro_batch)]
     with torch.inference_mode(False), torch.no_grad():
-        rows = Rows(model.module, model.layers, model.position_dims, request.sequences)
+        rows = Rows(model.module, model.layers, model.position_dims, request.sequences, micro_batch)
         climb = _climb(model, rows, first, row_R, parts)
         gradient_RD = torch.empty_like(climb.last_RD)
         for part in parts:

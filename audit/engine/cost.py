@@ -130,6 +130,17 @@ class Sizes:
         return max(layer, 4 * wide * self.vocabulary)
 
 
+def default_memory(sizes: Sizes, available: int) -> int:
+    """The budget where none is given, in bytes, of a device that has ``available``.
+
+    Nine tenths of a GPU: the rest is for its driver and what an allocator cannot join. On a CPU, whose memory others
+    share, the weights and 2 GiB more, or all there is.
+    """
+    if sizes.device != "cpu":
+        return int(0.9 * available)
+    return min(sizes.weights + 2 * 2**30, available)
+
+
 def working_bytes(sizes: Sizes, memory: int) -> int:
     """What is left of the budget for a sweep. Raises ValueError where nothing is."""
     left = memory - sizes.weights - PROGRAM_BYTES

@@ -26,6 +26,7 @@ from audit.engine.cost import (
     Cost,
     Sizes,
     cost_of,
+    default_memory,
     gradient_rows_for,
     micro_batch_for,
     shares,
@@ -42,6 +43,7 @@ from audit.engine.tables import effect_table, token_table
 from audit.interventions import NEEDS_CALIBRATION, Intervention, Scope
 from audit.models.moe_model import MoEModel
 from audit.models.shards.errors import out_of_memory
+from audit.models.shards.machine import machine_of
 
 log = logging.getLogger(__name__)
 
@@ -64,17 +66,18 @@ class Measurement:
 class Engine:
     """Measures effects with one loaded model.
 
-    ``memory`` (bytes) bounds weights, program and working memory together; ``micro_batch`` is derived from it
-    unless given. ``method``: ``auto`` takes the sweep where the model allows it, ``oracle`` one whole forward per
-    effect. ``seed`` decides the draws of ``resample`` and of ``random`` targets. ``sizes``: where another process will
-    compute, with other weights on another device. Raises ValueError where the budget is too small.
+    ``memory`` (bytes) bounds weights, program and working memory together; None: what
+    :func:`audit.engine.cost.default_memory` says. ``micro_batch`` is derived from it unless given. ``method``: ``auto``
+    takes the sweep where the model allows it, ``oracle`` one whole forward per effect. ``seed`` decides the draws of
+    ``resample`` and of ``random`` targets. ``sizes``: where another process will compute, with other weights on another
+    device. Raises ValueError where the budget is too small.
     """
 
     def __init__(
         self,
         model: MoEModel,
         *,
-        memory: int = 2 * 2**30,
+        memory: int | None = None,
         micro_batch: int | None = None,
         identity_every: int = 8,
         seed: int = 0,
@@ -90,11 +93,12 @@ class Engine:
             raise ValueError(
                 f"engine.method: 'sweep' is not possible, {model.description.engine_reason}; use auto or oracle"
             )
-        self.model, self.memory, self.identity_every, self.seed = model, memory, identity_every, seed
+        self.model, self.identity_every, self.seed = model, identity_every, seed
         self.method = model.description.engine if method == "auto" else method
         self.sizes = sizes or Sizes(model, model.shard.weight_bytes(model.layers, model.module))
+        self.memory = default_memory(self.sizes, machine_of(model.device).memory) if memory is None else memory
         keep_freed_memory()
-        self._working = working_bytes(self.sizes, memory)
+        self._working = working_bytes(self.sizes, self.memory)
         self._micro_batch = micro_batch
 
     def micro_batch(self, length: int) -> int:

@@ -14,7 +14,7 @@ from audit.models.head import Head
 from audit.outcomes import Baseline, Outcomes, outcomes, outcomes_from_logits
 
 # Logits worked on at a time: on a CPU they and their temporaries should stay in cache.
-_CHUNK_ENTRIES = {"cpu": 2**19, "cuda": 2**27}
+_CHUNK_ENTRIES = {"cpu": 2**19, "cuda": 2**24}
 
 
 class Readout:

@@ -56,7 +56,7 @@ def sweep(model: MoEModel, request: Request, micro_batch: int, gradients: LossGr
     """All effects of a token-scope request. ``micro_batch`` rows go through a layer at once; it decides low
     bits only. With ``gradients`` also every expert's attribution.
     """
-    rows = Rows(model.module, model.layers, model.position_dims, request.sequences)
+    rows = Rows(model.module, model.layers, model.position_dims, request.sequences, micro_batch)
     hidden_TD = rows.embedded_TD
     virtual = Virtual(_room(model, request), hidden_TD)
     effects: list[Effects] = []

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from audit.models.linear import whole_rows
 from audit.models.seam import first_tensor
+from audit.models.shards.errors import out_of_memory
 
 
 class Experts(Protocol):
@@ -134,7 +135,9 @@ def agrees(module: nn.Module, x_ND: Tensor, index_NK: Tensor, weights_NK: Tensor
     try:
         ours = experts_of(module, SortedExperts)
         mixture, outputs = ours.mixture(x_ND, index_NK, weights_NK), ours.outputs(x_ND, index_NK)
-    except (ValueError, AttributeError, RuntimeError):
+    except (ValueError, AttributeError, RuntimeError) as error:
+        if out_of_memory(error):
+            raise
         return False
     reference = experts_of(module, ModuleExperts)
     tolerance = {torch.float64: 1e-11, torch.float32: 1e-5}.get(x_ND.dtype, 3e-2)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from audit.models.seam import replaced
+from audit.models.shards.errors import out_of_memory
 
 
 class Head:
@@ -57,7 +58,9 @@ class Head:
         try:
             by_change = self.change(self.normed(a), self.normed(b)).double()
             by_logits = self.logits(a).double() - self.logits(b).double()
-        except RuntimeError:
+        except RuntimeError as error:
+            if out_of_memory(error):
+                raise
             return False
         tolerance = {torch.float64: 1e-10, torch.float32: 1e-4}.get(weight.dtype, 5e-2)
         return by_change.shape == by_logits.shape and bool(

@@ -22,6 +22,7 @@ from audit.models.moe_model import MoEModel
 from audit.models.rows import Rows, clean_forward
 from audit.models.seam import record_calls, replaced, tensors_in
 from audit.models.shards.backends import load_onto
+from audit.models.shards.errors import out_of_memory
 from audit.models.shards.shard import Inspect, ModelShard
 from audit.models.sources import Reading, first_sentence
 
@@ -58,9 +59,10 @@ def load_model(
         allow_pickle=allow_pickle,
     )
     if shard is not None and shard.backend != "single":
+        _exact(reading.place)
         module, tokenizer = load_onto(reading, shard, inspect)
         return prepare(module, tokenizer, source=source, experts=experts, linear=linear, shard=shard)
-    place, module = reading.place, reading.module()
+    place, module = _exact(reading.place), reading.module()
     if inspect is not None:
         inspect(module, decoder_layers(module), ModelShard())
     return prepare(module.to(place), reading.tokenizer(), source=source, experts=experts, linear=linear)
@@ -138,6 +140,13 @@ def prepare(
     )
 
 
+def _exact(place: torch.device) -> torch.device:
+    """Forbid a GPU what some installations allow it, to round float32 products to ten bits."""
+    if place.type == "cuda":
+        torch.set_float32_matmul_precision("highest")
+    return place
+
+
 def _visit_when_called(layers: nn.ModuleList, shard: ModelShard) -> None:
     """Make every layer bring its own weights where nobody has done so; what replaces a layer brings none."""
     if shard.traits.resident:
@@ -197,6 +206,8 @@ def _try_sweep(
         dims = [_position_dims(a, b, lengths) for a, b in zip(*recorded, strict=True)]
         attending = _compare_clean(module, layers, dims)
     except (ValueError, KeyError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+        if out_of_memory(error):
+            raise
         module.set_attn_implementation("eager")
         return "oracle", f"the sweep cannot take over this family ({first_sentence(error)})", [], []
     return "sweep", "every layer attends through transformers' attention interface", dims, attending

@@ -24,6 +24,7 @@ class Rows:
 
     The arguments are recorded per sequence by the model's own forward and joined along their position dimension,
     so a row at clean row i is called with exactly what the model computes for that position of that sequence.
+    ``most``: rows whose attention scores may be computed together.
     """
 
     def __init__(
@@ -32,6 +33,7 @@ class Rows:
         layers: nn.ModuleList,
         position_dims: list[list[int | None]],
         sequences: Sequence[Tensor],
+        most: int | None = None,
     ) -> None:
         self.module, self.layers = module, layers
         self.ids = [s[None] for s in sequences]
@@ -42,6 +44,8 @@ class Rows:
         recorded = [record_calls(module, layers, ids) for ids in self.ids]
         self.embedded_TD = torch.cat([calls[0].hidden[0] for calls in recorded])
         self.block = _BLOCK.get(device.type, 128)
+        if most is not None:
+            self.block = min(self.block, most)
         self._first: list[Tensor] = []
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         masks: dict[tuple[int, ...], Tensor] = {}

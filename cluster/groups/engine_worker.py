@@ -69,7 +69,7 @@ def make_engine(config: AuditConfig, resolved: Mapping[str, Any], model: MoEMode
     try:
         return Engine(
             model,
-            memory=int(config.engine.memory),
+            memory=resolved["memory"],
             micro_batch=config.engine.micro_batch,
             identity_every=config.engine.identity_every,
             seed=config.seed,

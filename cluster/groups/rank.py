@@ -36,6 +36,8 @@ class Rank:
     def load(self, place: Place, backend: str, seconds: float) -> None:
         """Make the worker, once; ``seconds``: how long a rank waits for another one."""
         if self._worker is None:
+            if backend == "gloo":  # Ray shows all devices to a process that asked for none, and libraries take them
+                os.environ["CUDA_VISIBLE_DEVICES"] = ""
             if place.ranks > 1:
                 self._join(place, backend, timedelta(seconds=seconds))
             make_worker: Callable[[Place], Worker] = ray.cloudpickle.loads(self._make_worker)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -12,7 +13,7 @@ import transformers
 
 from audit.config import AuditConfig, ConfigError, check_against
 from audit.corpus import build_corpus
-from audit.engine.cost import Sizes, working_bytes
+from audit.engine.cost import Sizes, default_memory, working_bytes
 from audit.models.memory import weights_of
 from audit.models.outline import outline
 from audit.models.shards.backends import open_shard
@@ -36,20 +37,31 @@ from cluster.tasks import digest
 def prepare(config: AuditConfig, resolved: Mapping[str, Any] | None = None) -> Job:
     """Think a run through; nothing is written. ``resolved``: the choices of the run that is to be resumed.
 
+    The model that it is thought through with is gone afterwards, from a device too, which a rank may need whole.
     Raises ConfigError or ModelError, one sentence, for what cannot be done.
     """
+    try:
+        return _prepared(config, resolved)
+    finally:
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _prepared(config: AuditConfig, resolved: Mapping[str, Any] | None) -> Job:
     transformers.utils.logging.disable_progress_bar()
     location = config.model.location(config.folder)
     checkpoint = find(location, allow_pickle=config.model.allow_pickle) if is_url(location) else None
     asked = dict(resolved or _asked(config))
     device = resolve_device(asked["device"])
-    choice = _choose(config, asked, checkpoint, device)
+    choice, memory = _choose(config, asked, checkpoint, device)
     divided = TRAITS[choice.backend].divided
     # Where ranks will divide it, the model is planned with on the CPU: one rank's host must hold it anyway.
     folder = config.model.offload_folder
     shard = None if divided else open_shard(choice.backend, device, offload=choice.offload, folder=folder)
     model = load_audited(config, asked | {"device": "cpu" if divided else str(device)}, checkpoint, shard)
-    computing = {"device": str(device), "weight_bytes": choice.share.beside_rows(device.type)}
+    # A rank sees its own device alone, whatever number it has here.
+    weight_bytes = choice.share.beside_rows(device.type)
+    computing = {"device": device.type, "weight_bytes": weight_bytes, "memory": memory}
     engine = make_engine(config, asked | computing, model)
     resolved = {
         "method": engine.method,
@@ -125,6 +137,7 @@ def _asked(config: AuditConfig) -> dict[str, Any]:
         "experts": engine.experts,
         "linear": engine.linear,
         "device": model.device,
+        "memory": engine.memory,
         "backend": model.backend,
         "offload": model.offload,
     }
@@ -137,8 +150,11 @@ def _experts(asked: str, choice: Choice, found: str) -> str:
 
 def _choose(
     config: AuditConfig, asked: Mapping[str, Any], checkpoint: Checkpoint | None, device: torch.device
-) -> Choice:
-    """The back end, before any weights are read. Raises ConfigError where the engine's budget is too small for it."""
+) -> tuple[Choice, int]:
+    """The back end and the engine's budget in bytes, before any weights are read.
+
+    Raises ConfigError where the budget is too small for the back end's weights or larger than the device.
+    """
     model = config.model
     source = model.location(config.folder)
     files = None if checkpoint is None else str(fetch(checkpoint))
@@ -148,20 +164,28 @@ def _choose(
     if model.offload_folder is not None:
         local_folder(model.offload_folder)
     ranks = config.cluster.ranks
+    machine = machine_of(device, ranks)
     choice = choose(
         weights_of(found.module, found.layers, found.sites),
-        machine_of(device, ranks),
+        machine,
         backend=asked["backend"],
         ranks=ranks,
         offload=asked["offload"],
         disk=model.offload_folder is not None,
         undivided=why_undivided(found.sites),
     )
+    sizes = Sizes(found, choice.share.beside_rows(device.type), device.type)
+    memory = default_memory(sizes, machine.memory) if asked["memory"] == "auto" else int(asked["memory"])
+    if device.type == "cuda" and memory > machine.memory:
+        raise ConfigError(
+            f"engine.memory: {memory / 2**20:,.0f} MiB are more than the device's {machine.memory / 2**20:,.0f} MiB; "
+            "use auto, or less"
+        )
     try:
-        working_bytes(Sizes(found, choice.share.beside_rows(device.type), device.type), int(config.engine.memory))
+        working_bytes(sizes, memory)
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    return choice
+    return choice, memory
 
 
 def _first_of_kind(config: AuditConfig, kind: str) -> int | None:

@@ -60,8 +60,9 @@ def _prepared_there(
     shape: Shape,
     prepare: Callable[[AuditConfig, Mapping[str, Any] | None], Job],
 ) -> Job:
-    there = ray.remote(prepare).options(
-        num_cpus=shape.cpus, num_gpus=shape.gpus, max_retries=_RETRIES, name="moe-audit plan"
+    # Its process ends with it, or it would keep what it holds of the device.
+    there = ray.remote(num_cpus=shape.cpus, num_gpus=shape.gpus, max_calls=1)(prepare).options(
+        max_retries=_RETRIES, name="moe-audit plan"
     )
     try:
         job: Job = ray.get(there.remote(config, resolved))

@@ -53,7 +53,7 @@ DEFAULTS = {
     "studies": {"importance": None, "progressive": None, "redistribution": False, "redundancy": None},
     "engine": {
         "method": "auto",
-        "memory": 2147483648,
+        "memory": "auto",
         "micro_batch": None,
         "threads": 1,
         "experts": "auto",
@@ -131,6 +131,7 @@ def test_a_specification_cannot_be_changed() -> None:
 )
 def test_memory_is_a_number_of_bytes(tmp_path: Path, written: str, bytes_: int) -> None:
     assert load(tmp_path, f"engine: {{memory: {written}}}").engine.memory == bytes_
+    assert load(tmp_path, "engine: {memory: auto}").engine.memory == "auto"
 
 
 def test_overrides_win_the_last_one_most_and_their_values_are_yaml(tmp_path: Path) -> None:

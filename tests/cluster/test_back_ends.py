@@ -7,14 +7,17 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from rank_workers import DiesOnce
 from tiny_olmoe import write_tiny_olmoe
 
 from audit.config import AuditConfig, ConfigError
 from audit.models import ModelError
+from audit.models.shards.machine import Machine
 from audit.runfolder import RunFolder
 from cluster.display import NoDisplay
+from cluster.planning import plan
 from cluster.planning.plan import prepare
 from cluster.run import execute
 
@@ -123,3 +126,16 @@ def test_a_back_end_that_is_not_possible_is_refused_before_anything_starts(place
     oracle = audit_of(place, "deepspeed_zero3", 2).resolved() | {"engine": {"method": "oracle"}}
     with pytest.raises(ConfigError, match=r"attribution: True needs all layers.* deepspeed_zero3 has one layer's; use"):
         prepare(AuditConfig.parse(oracle, place))
+
+
+def test_a_budget_is_what_the_device_has_and_no_more(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = audit_of(place, "single")
+    resolved = prepare(config).identity["resolved"]
+    assert resolved["memory"] == resolved["weight_bytes"] + 2 * 2**30
+    monkeypatch.setattr(plan, "resolve_device", lambda device: torch.device("cuda", 1))
+    monkeypatch.setattr(plan, "machine_of", lambda device, ranks: Machine("cuda", 2 * 2**30, 64 * 2**30))
+    specification = config.resolved() | {"engine": {"memory": "3GiB"}}
+    with pytest.raises(
+        ConfigError, match=r"engine\.memory: 3,072 MiB are more than the device's 2,048 MiB; use auto, or"
+    ):
+        prepare(AuditConfig.parse(specification, place))

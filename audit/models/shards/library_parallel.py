@@ -48,7 +48,8 @@ def load_parallel(reading: Reading, shard: TransformersParallel, inspect: Inspec
     """
     if inspect is not None:
         agreed(shard, lambda: _show_whole(reading, inspect) if shard.rank == 0 else None)
-    return reading.module(distributed_config=DistributedConfig(tp_size=shard.ranks)), reading.tokenizer()
+    module = reading.module(distributed_config=DistributedConfig(tp_size=shard.ranks))
+    return module.to(reading.place), reading.tokenizer()  # one rank's the library leaves where it read it
 
 
 def _show_whole(reading: Reading, inspect: Inspect) -> None:

@@ -26,6 +26,7 @@ from transformers import PretrainedConfig
 from audit.models.discovery import ModelError, is_experts
 from audit.models.seam import first_tensor, map_tensors, replaced, tensors_in
 from audit.models.shards.division import distance, tolerance
+from audit.models.shards.errors import out_of_memory
 from audit.models.shards.expert_slices import DividedExperts, note_shape
 from audit.models.shards.meeting import import_deepspeed, meet
 from audit.models.shards.together import SharingShard, Together
@@ -97,6 +98,8 @@ class DeepSpeedTensorParallel(SharingShard):
                 _add_up(divided, self._together, f"layer {number} {path}")
                 _require_equal(_there_and_back(divided, call), expected)
         except Exception as error:
+            if out_of_memory(error):  # whole it would take more
+                raise
             reason = first_sentence(error)
             if not isinstance(error, _StaysWholeError):
                 reason = f"divided, it does not run ({type(error).__name__}: {reason})"

@@ -109,7 +109,9 @@ class DeepSpeedZero3(ModelShard):
             )
 
     def _config(self, device: str, **offload: Any) -> dict[str, Any]:
-        elsewhere: dict[str, Any] = {"device": device, "pin_memory": self._device.type == "cuda", **offload}
+        # Pinned shares would be faster to bring, but each takes the next power of two of bytes.
+        pinned = self._device.type == "cuda" and device == "nvme"
+        elsewhere: dict[str, Any] = {"device": device, "pin_memory": pinned, **offload}
         return {
             "train_micro_batch_size_per_gpu": 1,
             "zero_optimization": {
@@ -202,8 +204,8 @@ def _require_offload(offload: Offload, folder: str | None) -> None:
         )
     try:
         AsyncIOBuilder().load(verbose=False)
-    except (RuntimeError, ImportError) as error:
+    except (RuntimeError, ImportError, OSError, TypeError) as error:  # the last two where the CUDA toolkit is missing
         raise ModelError(
             f"model.offload: nvme needs DeepSpeed's asynchronous reads, which cannot be built here "
-            f"({first_sentence(error)}); install ninja and a C++ compiler or take cpu"
+            f"({first_sentence(error)}); install ninja, a C++ compiler and with a GPU the CUDA toolkit, or take cpu"
         ) from error

@@ -12,8 +12,9 @@ import torch
 from families import ready, texts
 
 from audit.engine import Engine
-from audit.engine.cost import Sizes, micro_batch_for, working_bytes
+from audit.engine.cost import Sizes, default_memory, micro_batch_for, working_bytes
 from audit.interventions import Intervention, Target
+from audit.models.shards.errors import out_of_memory
 
 ASKED = [Intervention("zero"), Intervention("reroute"), Intervention("zero", Target("highest", count=2))]
 SEQUENCES = texts((12, 5, 9), 41)
@@ -164,3 +165,28 @@ def test_the_rows_of_a_request_are_known_before_it_runs() -> None:
     cost = engine.cost(lengths, [12, 4], [0, 2], [Intervention("zero")])
     found = engine.measure(SEQUENCES[:2], positions, layers=[0, 2], interventions=[Intervention("zero")])
     assert cost.rows == found.effects.num_rows == 2 * (16 * 2 + 4)
+
+
+def test_a_budget_that_nobody_gave_holds_the_weights_and_never_more_than_there_is() -> None:
+    model = ready("gpt_oss", 1)
+    host, large = Sizes(model), Sizes(model, weights=30 * 2**30)
+    assert default_memory(large, 64 * 2**30) == 32 * 2**30
+    assert default_memory(large, 31 * 2**30) == 31 * 2**30
+    assert default_memory(Sizes(model, 30 * 2**30, "cuda"), 80 * 2**30) == 72 * 2**30
+    assert Engine(model).memory == host.weights + 2 * 2**30
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"), True),
+        (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate 8 bytes."), True),
+        (MemoryError(), True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied (2x3 and 2x3)"), False),
+    ],
+)
+def test_memory_that_ran_out_is_known_by_every_word_for_it(error: Exception, expected: bool) -> None:
+    assert out_of_memory(error) is expected

@@ -41,6 +41,18 @@ def test_a_saved_checkpoint_loads_and_gives_the_same_effects(folder: Path, dtype
         audit.measure(model, "words")
 
 
+@pytest.mark.parametrize("where", ["audit.models.loading._compare_clean", "audit.models.experts.experts_of"])
+def test_memory_that_runs_out_while_a_model_is_tried_is_no_reason_to_take_a_slower_way(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(where, full)
+    with pytest.raises(torch.OutOfMemoryError):
+        prepare(build("olmoe", 0, torch.float32))
+
+
 @pytest.mark.parametrize("family", ["olmoe", "qwen2_moe"])
 def test_a_tokenizer_that_the_library_makes_up_is_none(family: str, tmp_path: Path) -> None:
     build(family, 0, torch.float32).save_pretrained(tmp_path)
