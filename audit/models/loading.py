@@ -58,11 +58,13 @@ def load_model(
         trust_remote_code=trust_remote_code,
         allow_pickle=allow_pickle,
     )
+    place = reading.place
+    if place.type == "cuda":  # some installations allow a GPU to round float32 products to ten bits
+        torch.set_float32_matmul_precision("highest")
     if shard is not None and shard.backend != "single":
-        _exact(reading.place)
         module, tokenizer = load_onto(reading, shard, inspect)
         return prepare(module, tokenizer, source=source, experts=experts, linear=linear, shard=shard)
-    place, module = _exact(reading.place), reading.module()
+    module = reading.module()
     if inspect is not None:
         inspect(module, decoder_layers(module), ModelShard())
     return prepare(module.to(place), reading.tokenizer(), source=source, experts=experts, linear=linear)
@@ -138,13 +140,6 @@ def prepare(
         description,
         shard,
     )
-
-
-def _exact(place: torch.device) -> torch.device:
-    """Forbid a GPU what some installations allow it, to round float32 products to ten bits."""
-    if place.type == "cuda":
-        torch.set_float32_matmul_precision("highest")
-    return place
 
 
 def _visit_when_called(layers: nn.ModuleList, shard: ModelShard) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from audit.models.discovery import ModelError, Site, whole_shape
 from audit.models.memory import BACKENDS, OFFLOADS, Backend, Offload, Share, Weights, share_of
-from audit.models.shards.machine import Machine, local_folder
+from audit.models.shards.machine import NO_FOLDER, Machine
 
 ROOM = 1.2  # a device's memory over the weights on it: the rest is for the rows of a sweep
 MOST_RANKS = 1024
@@ -43,7 +43,7 @@ def choose(
     """
     _require_known(backend, ranks, offload)
     if offload == "nvme" and not disk:
-        local_folder(None)
+        raise ModelError(NO_FOLDER)
     _require_together(weights, backend, ranks, offload, undivided)
     if offload == "cpu" and machine.device == "cpu":
         raise ModelError(

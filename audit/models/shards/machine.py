@@ -13,6 +13,8 @@ import torch
 from audit.models.discovery import ModelError
 from audit.models.sources import resolve_device
 
+NO_FOLDER = "model.offload: 'nvme' needs model.offload_folder, which is not given; name a folder on a local disk"
+
 
 @dataclass(frozen=True, slots=True)
 class Machine:
@@ -66,9 +68,7 @@ def host_memory(root: Path = Path("/")) -> int:
 def local_folder(folder: str | None) -> Path:
     """The folder behind ``model.offload_folder``. Raises ModelError where layers cannot be kept in it."""
     if folder is None:
-        raise ModelError(
-            "model.offload: 'nvme' needs model.offload_folder, which is not given; name a folder on a local disk"
-        )
+        raise ModelError(NO_FOLDER)
     path = Path(folder).expanduser()
     if not path.is_dir():
         raise ModelError(f"model.offload_folder: {folder!r} does not exist; name a folder on a local disk")

@@ -41,7 +41,9 @@ def test_a_saved_checkpoint_loads_and_gives_the_same_effects(folder: Path, dtype
         audit.measure(model, "words")
 
 
-@pytest.mark.parametrize("where", ["audit.models.loading._compare_clean", "audit.models.experts.experts_of"])
+@pytest.mark.parametrize(
+    "where", ["audit.models.loading._compare_clean", "audit.models.experts.experts_of", "audit.models.head.Head.change"]
+)
 def test_memory_that_runs_out_while_a_model_is_tried_is_no_reason_to_take_a_slower_way(
     monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
