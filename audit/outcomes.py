@@ -119,14 +119,14 @@ def outcomes(change_RV: Tensor, baseline: Baseline, row_R: Tensor) -> Outcomes:
     s_RV = torch.expm1(v_RV)
     kl_R = torch.log1p(_dot(p_RV, s_RV).clamp_min_(0.0))
     # p'/p - 1 = exp(v - kl) - 1, without a second exponential
-    s_RV = torch.addcmul(torch.expm1(-kl_R)[:, None], s_RV, torch.exp(-kl_R)[:, None], out=s_RV)
+    s_RV.mul_(torch.exp(-kl_R)[:, None]).add_(torch.expm1(-kl_R)[:, None])
     d_RV = torch.mul(p_RV, s_RV, out=z_RV)  # p' - p
     tv_R = d_RV.abs().sum(-1).mul_(0.5)
     log_mixture_RV = s_RV.mul_(0.5).log1p_()  # log((p + p') / 2p)
     shared_R = _dot(p_RV, log_mixture_RV)
     # Bounded entry by entry (log(2p' / (p + p')) <= ln 2), so that nothing large cancels where the change is large.
     ratio_RV = v_RV.sub_(kl_R[:, None]).sub_(log_mixture_RV)
-    js_R = 0.5 * (_dot(d_RV.add_(p_RV), ratio_RV) - shared_R)
+    js_R = 0.5 * (ratio_RV.mul_(d_RV.add_(p_RV)).sum(-1) - shared_R)
     delta_loss_R = kl_R - (delta_logit_R - mean_R)
     result = Outcomes(
         delta_loss_R, kl_R, js_R.clamp_(0.0, 0.6931471805599453), tv_R.clamp_(0.0, 1.0), flip_R, delta_logit_R

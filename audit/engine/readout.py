@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from audit.models.head import Head
+from audit.models.linear import chosen_linear
 from audit.outcomes import Baseline, Outcomes, outcomes, outcomes_from_logits
 
-# Logits worked on at a time: on a CPU they and their temporaries should stay in cache.
-_CHUNK_ENTRIES = {"cpu": 2**19, "cuda": 2**24}
+# Logits worked on at a time: on a CPU they and their temporaries should stay in cache, and be enough for the product.
+_CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**24}
 
 
 class Readout:
@@ -26,7 +27,7 @@ class Readout:
         audited_MD = hidden_TD[rows_M]
         self.baseline = Baseline.of(head.logits(audited_MD).to(self._wide), target_T[rows_M])
         self._normed_MD = head.normed(audited_MD) if head.linear else audited_MD
-        self._chunk = max(1, _CHUNK_ENTRIES.get(hidden_TD.device.type, 2**19) // self.baseline.logits_MV.shape[1])
+        self._chunk = max(1, _CHUNK_ENTRIES.get(hidden_TD.device.type, 2**20) // self.baseline.logits_MV.shape[1])
 
     def empty(self, rows: int) -> Outcomes:
         """Room for the outcomes of ``rows`` virtual tokens."""
@@ -37,7 +38,9 @@ class Readout:
         normed_RD = self._head.normed(hidden_RD) if self._head.linear else hidden_RD
         for a in range(0, len(row_R), self._chunk):
             rows, row = normed_RD[a : a + self._chunk], row_R[a : a + self._chunk]
-            found = outcomes(self._change(rows, row), self.baseline, row)
+            change = self._change(rows, row)
+            with chosen_linear():  # no linear map here, but many small calls of torch
+                found = outcomes(change, self.baseline, row)
             lost = torch.nonzero(~torch.isfinite(found.kl) | ~torch.isfinite(found.js)).flatten()
             if len(lost):  # a change beyond the range of exp in float32
                 logits = self.baseline.logits_MV[row[lost]].double() + self._change(rows[lost], row[lost]).double()

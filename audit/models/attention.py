@@ -9,7 +9,7 @@ Shapes: R rows, H query heads, G key heads, C head width, T clean rows of all se
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from itertools import pairwise
@@ -19,6 +19,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+from audit.models.linear import chosen_linear
 
 NAME = "moe_audit"
 
@@ -53,10 +55,11 @@ class Prefixes:
     """The clean keys and values of one layer's attention modules, and which of them each row sees.
 
     ``parent_R`` is the clean row a row stands at, ascending. ``start_T`` gives for each clean row the first row of its
-    sequence; ``first_T`` the first clean row it may see (start_T but for sliding windows).
+    sequence; ``first_T`` the first clean row it may see (start_T but for sliding windows). ``block``: rows whose
+    scores are computed together, given the number of query heads.
     """
 
-    def __init__(self, start_T: Tensor, first_T: Tensor, block: int) -> None:
+    def __init__(self, start_T: Tensor, first_T: Tensor, block: Callable[[int], int]) -> None:
         self.start_T, self.first_T, self.block = start_T, first_T, block
         self.modules: list[nn.Module] = []
         self.keys: dict[int, Tensor] = {}
@@ -78,14 +81,15 @@ class PrefixAttention:
         )
         self._blocks: list[tuple[int, int, int, int]] | None = None
 
-    def blocks(self) -> list[tuple[int, int, int, int]]:
+    def blocks(self, heads: int) -> list[tuple[int, int, int, int]]:
         """Consecutive rows of one sequence: (first row, end row, first key, end key)."""
         if self._blocks is None:
             p = self.prefixes
+            size = p.block(heads)
             starts = p.start_T[self.parent_R]
             cuts = (torch.nonzero(starts[1:] != starts[:-1]).flatten() + 1).tolist() if len(starts) else []
             edges = [0, *cuts, len(starts)]
-            rows = [(r, min(r + p.block, b)) for a, b in pairwise(edges) for r in range(a, b, p.block)]
+            rows = [(r, min(r + size, b)) for a, b in pairwise(edges) for r in range(a, b, size)]
             first = torch.cummin(p.first_T[self.parent_R].flip(0), 0).values.flip(0).tolist()
             parents = self.parent_R.tolist()
             self._blocks = [(a, b, first[a], parents[b - 1] + 1) for a, b in rows]
@@ -112,20 +116,21 @@ class PrefixAttention:
         out = torch.empty(
             query_HRC.shape[1], query_HRC.shape[0], value_GRC.shape[2], dtype=query.dtype, device=query.device
         )
-        for a, b, low, high in self.blocks():
-            out[a:b] = self._block(
-                query_HRC[:, a:b],
-                key_GRC[:, a:b],
-                value_GRC[:, a:b],
-                keys_GTC[:, low:high],
-                values_GTC[:, low:high],
-                a,
-                b,
-                low,
-                scaling,
-                softcap,
-                sinks,
-            ).transpose(0, 1)
+        with chosen_linear():  # no linear map here, but many small calls of torch
+            for a, b, low, high in self.blocks(query_HRC.shape[0]):
+                out[a:b] = self._block(
+                    query_HRC[:, a:b],
+                    key_GRC[:, a:b],
+                    value_GRC[:, a:b],
+                    keys_GTC[:, low:high],
+                    values_GTC[:, low:high],
+                    a,
+                    b,
+                    low,
+                    scaling,
+                    softcap,
+                    sinks,
+                ).transpose(0, 1)
         return out[None]
 
     def _block(

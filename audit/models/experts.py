@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from audit.models.linear import whole_rows
+from audit.models.linear import chosen_linear, whole_rows
 from audit.models.seam import first_tensor
 from audit.models.shards.errors import out_of_memory
 
@@ -67,10 +67,11 @@ class SortedExperts:
         self._up, self._down = up, "down_proj"
         self._experts = int(getattr(module, up).shape[0])
 
-    def _product(self, x: Tensor, name: str, expert: int) -> Tensor:
-        weight = getattr(self._module, name)[expert]
-        bias = getattr(self._module, name + "_bias")[expert] if self._module.has_bias else None
-        return F.linear(x, weight.T if self._module.is_transposed else weight, bias)
+    def _matrices(self, name: str) -> list[tuple[Tensor, Tensor | None]]:
+        """Every expert's matrix, as torch.nn.functional.linear takes it, and its bias."""
+        weights = getattr(self._module, name).unbind()
+        biases = getattr(self._module, name + "_bias").unbind() if self._module.has_bias else [None] * len(weights)
+        return [(w.T if self._module.is_transposed else w, b) for w, b in zip(weights, biases, strict=True)]
 
     def _sorted_outputs(self, x_ND: Tensor, index_NK: Tensor) -> tuple[Tensor, Tensor]:
         """Outputs in order of expert, with gaps, and for each slot where its output stands [N, K].
@@ -90,13 +91,15 @@ class SortedExperts:
         source[place_S] = order.div(K, rounding_mode="floor")
         rows = x_ND.index_select(0, source)
         out = torch.empty_like(rows)
-        start = 0
-        for expert, size in enumerate(room):
-            if size:
-                hidden = self._product(rows[start : start + size], self._up, expert)
-                hidden = self._module._apply_gate(hidden) if self._module.has_gate else self._module.act_fn(hidden)
-                out[start : start + size] = self._product(hidden, self._down, expert)
-                start += size
+        activate = self._module._apply_gate if self._module.has_gate else self._module.act_fn
+        with chosen_linear() as linear:
+            up, down = self._matrices(self._up), self._matrices(self._down)
+            start = 0
+            for expert, size in enumerate(room):
+                if size:
+                    hidden = activate(linear(rows[start : start + size], *up[expert]))
+                    out[start : start + size] = linear(hidden, *down[expert])
+                    start += size
         place = torch.empty_like(order)
         place[order] = place_S
         return out, place.view(N, K)

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from audit.models.linear import chosen_linear
 from audit.models.seam import replaced
 from audit.models.shards.errors import out_of_memory
 
@@ -45,7 +45,8 @@ class Head:
     def change(self, normed_RD: Tensor, baseline_RD: Tensor) -> Tensor:
         """Change of the logits [R, V] between two sets of normed rows, float32 or wider."""
         weight = self._matrix.weight
-        change = F.linear((normed_RD - baseline_RD).to(weight.dtype), weight)
+        with chosen_linear() as linear:
+            change = linear((normed_RD - baseline_RD).to(weight.dtype), weight)
         return change if change.dtype == torch.float64 else change.float()
 
     def _is_linear(self) -> bool:

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from audit.models.attention import PrefixAttention, Prefixes, UnsupportedAttention, attending, first_visible
 from audit.models.seam import LayerCall, first_tensor, map_tensors, record_calls, tensors_in
 
-# Rows whose attention scores are computed together: on a CPU they should fit the cache, on a GPU a kernel should be
-# full.
-_BLOCK = {"cpu": 128, "cuda": 4096}
+# Rows whose attention scores are computed together: on a GPU a kernel should be full; on a CPU they should fit the
+# cache, as far as that leaves enough rows for a product to pay.
+_GPU_BLOCK = 4096
+_CPU_BLOCK, _CPU_SCORES = (128, 512), 2**19
 
 
 class Rows:
@@ -43,9 +44,7 @@ class Rows:
         self.start_T = torch.cat([torch.full((n,), a, device=device) for a, n in zip(starts, lengths, strict=True)])
         recorded = [record_calls(module, layers, ids) for ids in self.ids]
         self.embedded_TD = torch.cat([calls[0].hidden[0] for calls in recorded])
-        self.block = _BLOCK.get(device.type, 128)
-        if most is not None:
-            self.block = min(self.block, most)
+        self._on_gpu, self._longest, self._most = device.type == "cuda", max(lengths), most
         self._first: list[Tensor] = []
         self._calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         masks: dict[tuple[int, ...], Tensor] = {}
@@ -67,6 +66,13 @@ class Rows:
 
     def __len__(self) -> int:
         return len(self.start_T)
+
+    def block(self, heads: int) -> int:
+        """How many rows' attention scores, of ``heads`` heads each, are computed together."""
+        least, largest = _CPU_BLOCK
+        on_cpu = max(least, min(largest, _CPU_SCORES // (heads * self._longest)))
+        block = _GPU_BLOCK if self._on_gpu else on_cpu
+        return block if self._most is None else min(block, self._most)
 
     def prefixes(self, layer: int, copies: int = 1) -> Prefixes:
         """Fresh storage for the keys and values of ``layer``, for ``copies`` of all clean rows one after another."""

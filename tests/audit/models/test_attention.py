@@ -95,7 +95,7 @@ def dense(case: Case, which: str) -> np.ndarray:
 def test_equals_dense_attention(name: str) -> None:
     case = CASES[name]
     case.draw()
-    prefixes = Prefixes(case.start_T, case.first_T, case.block)
+    prefixes = Prefixes(case.start_T, case.first_T, lambda heads: case.block)
     module = nn.Module()
     options = {"softcap": case.softcap, "s_aux": case.sink_H, "scaling": case.scaling, "dropout": 0.0}
     for which, rows in (("clean", prefixes.rows(None)), ("virtual", prefixes.rows(case.parent_P))):
@@ -112,7 +112,7 @@ def test_two_attention_modules_of_a_layer_keep_their_own_keys() -> None:
     other = Case((6,), 2, 2, 4, 4)
     other.draw()
     other.rows["clean"] = tuple(-x for x in other.rows["clean"])
-    prefixes, modules = Prefixes(case.start_T, case.first_T, 4), (nn.Module(), nn.Module())
+    prefixes, modules = Prefixes(case.start_T, case.first_T, lambda heads: 4), (nn.Module(), nn.Module())
     with attending(prefixes.rows(None)):
         for module, one in zip(modules, (case, other), strict=True):
             attention._attention(module, *one.rows["clean"])
@@ -126,7 +126,7 @@ def test_two_attention_modules_of_a_layer_keep_their_own_keys() -> None:
 def test_an_unknown_argument_is_refused() -> None:
     case = Case((3,), 1, 1, 4, 4)
     case.draw()
-    prefixes = Prefixes(case.start_T, case.first_T, 4)
+    prefixes = Prefixes(case.start_T, case.first_T, lambda heads: 4)
     with attending(prefixes.rows(None)):
         attention._attention(nn.Module(), *case.rows["clean"], None, sliding_window=3, strange_bias=None)
         with pytest.raises(UnsupportedAttention, match="Module passes strange_bias to its attention"):

@@ -7,7 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from audit.models import linear as kernels
-from audit.models.linear import OneDNNLinear, fastest_linear, onednn_agrees
+from audit.models.linear import OneDNNLinear, chosen_linear, fastest_linear, onednn_agrees
 
 SHAPES = [(1,), (2, 3), (17,), (1, 33), (4, 5, 6), (513,), (1000,)]
 
@@ -58,6 +58,30 @@ def test_keyword_arguments_and_modules() -> None:
         with OneDNNLinear():
             torch.testing.assert_close(layer(x), want)
             torch.testing.assert_close(F.linear(input=x, weight=layer.weight, bias=layer.bias), want)
+
+
+def test_what_was_chosen_is_called_without_the_detour(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight = torch.randn(50, 40), torch.randn(24, 40)
+    calls: list[str] = []
+    monkeypatch.setattr(kernels, "linear", lambda *given: calls.append("onednn") or F.linear(*given))
+    with torch.inference_mode():
+        with chosen_linear() as product:
+            assert torch.equal(product(x, weight), F.linear(x, weight))
+        assert not calls
+        with OneDNNLinear():
+            with chosen_linear() as product:
+                F.linear(x, weight)
+                assert not calls
+                assert torch.equal(product(x, weight), F.linear(x, weight))
+                assert calls == ["onednn"]
+                assert product(x.double(), weight.double()).dtype == torch.float64
+                assert product(x[:0], weight).shape == (0, 24)
+                assert calls == ["onednn"]  # other precisions and no rows stay with torch
+            F.linear(x, weight)
+            assert calls == ["onednn"] * 2
+        with chosen_linear() as product:
+            product(x, weight)
+        assert calls == ["onednn"] * 2
 
 
 def test_an_operator_that_is_absent_or_wrong_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:

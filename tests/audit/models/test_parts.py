@@ -26,6 +26,15 @@ def test_sequences_side_by_side_give_the_librarys_logits(family: str) -> None:
     assert all(len(modules) == 1 for modules in attending)
 
 
+def test_rows_that_attend_together_fit_the_cache_as_far_as_products_allow() -> None:
+    model = ready("olmoe", 1)
+    sequences = [torch.from_numpy(s.token_ids) for s in texts((64, 5), 2)]
+    with torch.inference_mode():
+        rows, few = (Rows(model.module, model.layers, model.position_dims, sequences, most) for most in (None, 40))
+    assert [rows.block(heads) for heads in (1, 16, 32, 64, 4096)] == [512, 512, 256, 128, 128]  # 2**19 / (64 heads)
+    assert few.block(1) == few.block(64) == 40
+
+
 @pytest.mark.parametrize("family", SWEEP)
 def test_the_change_of_logits_is_linear_in_the_change_of_normed_rows(family: str) -> None:
     model = ready(family, 1)
