@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
+# A file stays in one process: its tests share a cluster or ranks. In the order of tests/conftest.py, the long ones first.
+SIDE_BY_SIDE := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo check test test-all clean
@@ -29,10 +31,10 @@ check: $(STAMP)  ## ruff and strict mypy
 	$(BIN)/mypy
 
 test: check  ## lint, types and every behaviour at small sizes
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE)
 
 test-all: check  ## the same with the full grids of families, sizes and seeds
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup --full
+	$(BIN)/python -m pytest $(SIDE_BY_SIDE) --full
 
 clean:  ## remove the virtual environment and caches; runs stay
 	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache *.egg-info

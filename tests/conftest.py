@@ -20,18 +20,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="also run the whole grid of sizes, seeds and families")
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for item in items:
-        clusters = item.path.is_relative_to(_TESTS / "cluster") or item.path.is_relative_to(_TESTS / "jobs")
-        if clusters or item.path.name.startswith(("test_shards_", "test_back_end_table")):
-            # They start clusters, or ranks, which the tests of a file share: a file stays in one process.
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
+    items.sort(key=lambda item: not _starts_processes(item))  # the long ones first: the others fill what is left
     if config.getoption("--full"):
         return
     full = [item for item in items if item.get_closest_marker("full")]
     config.hook.pytest_deselected(items=full)
     items[:] = [item for item in items if item not in set(full)]
+
+
+def _starts_processes(item: pytest.Item) -> bool:
+    """Whether it starts a cluster or ranks."""
+    clusters = item.path.is_relative_to(_TESTS / "cluster") or item.path.is_relative_to(_TESTS / "jobs")
+    return clusters or item.path.name.startswith(("test_shards_", "test_back_end_table"))
 
 
 @pytest.fixture

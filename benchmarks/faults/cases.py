@@ -157,10 +157,11 @@ _NODE_LOST = "was lost while it (ran effects-|was asked whether).*its node was l
 UNDISTURBED = Case(name="nothing, 2 groups")
 CASES = (
     Case(name="nothing, 1 group", trial={"groups": 1}, full=True),
-    Case(name="nothing, 4 groups that end their tasks in another order", trial={"groups": 4, "order": 1}),
+    Case(name="nothing, 4 groups that end their tasks in another order", trial={"groups": 4, "order": 1}, full=True),
     Case(
         name="SIGKILL to a rank",
         trial={"gate": True},
+        full=True,
         disturb=_signal_rank(signal.SIGKILL),
         told="was lost while it ran effects-",
     ),
@@ -173,6 +174,7 @@ CASES = (
     ),
     Case(
         name="SIGSTOP to a rank",
+        full=True,
         disturb=_signal_rank(signal.SIGSTOP),
         trial={"gate": True, "policy": {"hang_seconds": 15.0}},
         told="no answer within 15 seconds",
@@ -186,7 +188,9 @@ CASES = (
         full=True,
     ),
     _driver_killed("answers", "before the files", full=True),
-    _driver_killed("files", "between files and manifest", told="deleted 1 commits that an earlier run had begun"),
+    _driver_killed(
+        "files", "between files and manifest", told="deleted 1 commits that an earlier run had begun", full=True
+    ),
     _driver_killed("manifest", "after the manifest", full=True),
     Case(
         name="SIGKILL to the write task",
@@ -216,6 +220,7 @@ CASES = (
     ),
     Case(
         name="a task that always kills its process",
+        full=True,
         trial={"faults": (Fault("effects-0004", "kill", times=None),)},
         status=1,
         told="effects-0004 is given up, quarantine.jsonl has the error",

@@ -77,6 +77,7 @@ def test_ranks_that_share_a_task_give_the_effects_of_one_process(
             pd.testing.assert_series_equal(found[name], whole[name])
 
 
+@pytest.mark.full
 def test_ranks_with_tasks_of_their_own_give_the_bits_of_one_process_when_one_is_killed(
     place: Path, whole: pd.DataFrame
 ) -> None:

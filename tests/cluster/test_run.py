@@ -64,7 +64,7 @@ def test_an_uninterrupted_run_is_exact(whole: RunFolder) -> None:
     assert experts.set_index(["layer", "expert"]).mean_kl.to_dict() == pytest.approx(means.to_dict())
 
 
-@pytest.mark.parametrize(("moment", "count"), [("manifest", 4), ("answer", 5)])
+@pytest.mark.parametrize(("moment", "count"), [("manifest", 4), pytest.param("answer", 5, marks=pytest.mark.full)])
 def test_a_run_goes_on_where_a_killed_driver_left_it(whole: RunFolder, tmp_path: Path, moment: str, count: int) -> None:
     """With one group after two: neither the interruption nor their number changes a bit."""
     command = [sys.executable, str(HERE / "killed_driver.py"), str(tmp_path), moment, str(count)]

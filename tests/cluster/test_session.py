@@ -49,7 +49,7 @@ def test_a_signal_ends_what_has_nothing_to_finish(number: signal.Signals, status
     assert ended.value.status == status
 
 
-@pytest.mark.parametrize("mode", [None, "disabled"])
+@pytest.mark.parametrize("mode", [None, pytest.param("disabled", marks=pytest.mark.full)])
 def test_a_local_cluster_is_for_its_owner_alone(tmp_path: Path, mode: str | None) -> None:
     here = Path(__file__)
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

@@ -94,7 +94,7 @@ def require_whole(place: str, whole: dict[str, pa.Table]) -> None:
         pytest.param("/manifests/", 3, 0, 7, marks=pytest.mark.full),  # between the files and the manifest
         ("/manifests/", 3, 80, 7),  # in the manifest
         ("/observations/", 1, 3, 0),  # in a worker
-        ("/progress/", 2, 10, None),
+        pytest.param("/progress/", 2, 10, None, marks=pytest.mark.full),
         ("/results/experts", 0, 30, 12),
         pytest.param("/results/reduced", 0, 3, 12, marks=pytest.mark.full),
     ],
@@ -190,7 +190,7 @@ def test_a_disk_without_any_room_and_a_read_only_one(cluster: None, tmp_path: Pa
     "pattern",
     [
         "PUT .*/observations/",
-        "PUT .*/manifests/",
+        pytest.param("PUT .*/manifests/", marks=pytest.mark.full),
         pytest.param("PUT .*/effects/", marks=pytest.mark.full),
         pytest.param("GET .*/effects/", marks=pytest.mark.full),
     ],
@@ -209,7 +209,8 @@ def test_access_that_is_withdrawn(whole: dict[str, pa.Table], server: S3Server, 
 
 
 @pytest.mark.parametrize(
-    "pattern", ["PUT .*/tokens/", "PUT .*/manifests/", pytest.param("PUT .*/progress/", marks=pytest.mark.full)]
+    "pattern",
+    ["PUT .*/manifests/", *(pytest.param(f"PUT .*/{n}/", marks=pytest.mark.full) for n in ("tokens", "progress"))],
 )
 def test_a_store_that_is_overloaded_for_a_while(
     whole: dict[str, pa.Table], server: S3Server, tmp_path: Path, pattern: str

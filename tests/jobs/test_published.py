@@ -98,6 +98,7 @@ def test_a_published_configuration_runs_to_its_table(name: str, tmp_path: Path, 
     assert err.startswith("moe-audit: --published: 'GPT-5' was not published; published are OLMoE-1B-7B-0924, ")
 
 
+@pytest.mark.full
 def test_progressive_ablation_is_compared(tmp_path: Path, call: Call) -> None:
     model, run = MAIN["olmoe"], tmp_path / "run"
     tiny_checkpoint(model, tmp_path / "model")

@@ -51,7 +51,7 @@ def renamed(run: Path, to: Path, seed: int) -> Path:
     return to
 
 
-@pytest.mark.parametrize("cpus", [1, pytest.param(2, marks=pytest.mark.full), 4])
+@pytest.mark.parametrize("cpus", [*(pytest.param(n, marks=pytest.mark.full) for n in (1, 2)), 4])
 def test_any_number_of_cpus_and_any_order_of_commits_gives_the_same_bytes(
     place: Path, studied: Path, as_run: dict[str, bytes], cluster: Cluster, call: Call, tmp_path: Path, cpus: int
 ) -> None:

@@ -74,59 +74,45 @@ def wait_for(client: JobClient, job: str, text: str, seconds: float = 240.0) -> 
 
 
 def test_a_job_does_the_audit_and_follow_ends_with_its_status(
-    place: Path, head: Head, client: JobClient, call: Call, tmp_path: Path
-) -> None:
-    status, out, err = call(
-        "submit", place / "audit.yaml", "--out", tmp_path / "run", "--address", head.address, "--job-id", "first",
-        "--follow",
-    )  # fmt: skip
-    assert status == 0, err
-    for command in ("follow", "status", "stop"):
-        assert f"moe-audit {command} first --address {head.address}" in out
-    assert "effects: " in out  # progress, as lines
-    assert "\x1b" not in out
-    folder = RunFolder(str(tmp_path / "run"))
-    assert folder.dataset("tokens").count_rows() == 60
-    assert folder.read_table("layers").num_rows > 0
-    run = folder.require_run()
-    assert run["specification"]["model"]["source"] == "./model"  # as written: the run can go on from here too
-    assert run["environment"]["versions"]["moe-audit"]
-
-    status, out, _ = call("status", "first", "--address", head.address)
-    assert status == 0
-    assert "first: succeeded after" in out
-    assert re.search(r"effects .* 100%", out)
-    assert "result tables in" in out  # the last lines
-    status, out, err = call("stop", "first", "--address", head.address)
-    assert (status, err) == (0, "")
-    assert "has ended already: succeeded" in out
-
-    # The same audit again: another job id is needed, and then there is nothing left to do.
-    again = ["submit", place / "audit.yaml", "--out", tmp_path / "run", "--address", head.address]
-    status, out, err = call(*again, "--job-id", "first")
-    assert (status, err.count("\n")) == (2, 1)
-    assert "'first' is a job of this cluster already" in err
-    # What is wrong with the folder shows before anything is uploaded.
-    status, out, err = call(*again, "--set", "seed=1")
-    assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "seed: " in err
-
-
-def test_a_job_writes_to_an_object_store_that_its_own_variables_lead_to(
     place: Path, head: Head, client: JobClient, call: Call
 ) -> None:
+    """Into an object store that only the variables given with the job lead to."""
     with s3_server() as server:
-        out, given = f"s3://{BUCKET}/run", [part for name in server.environment for part in ("--env", name)]
-        submit = ["submit", place / "audit.yaml", "--out", out, "--address", head.address, *given]
-        status, said, err = call(*submit, "--job-id", "stored", "--follow")
+        url, given = f"s3://{BUCKET}/run", [part for name in server.environment for part in ("--env", name)]
+        submit = ["submit", place / "audit.yaml", "--out", url, "--address", head.address, *given]
+        status, out, err = call(*submit, "--job-id", "first", "--follow")
         assert status == 0, err
-        assert "effects: " in said
-        folder = RunFolder(out)
+        for command in ("follow", "status", "stop"):
+            assert f"moe-audit {command} first --address {head.address}" in out
+        assert "effects: " in out  # progress, as lines
+        assert "\x1b" not in out
+        folder = RunFolder(url)
         assert folder.dataset("tokens").count_rows() == 60
         assert folder.read_table("layers").num_rows > 0
-        status, said, _ = call("status", out)
+        run = folder.require_run()
+        assert run["specification"]["model"]["source"] == "./model"  # as written: the run can go on from here too
+        assert run["environment"]["versions"]["moe-audit"]
+
+        status, out, _ = call("status", url)
         assert status == 0
-        assert re.search(r"effects .* 100%", said)
+        assert re.search(r"effects .* 100%", out)
+        status, out, _ = call("status", "first", "--address", head.address)
+        assert status == 0
+        assert "first: succeeded after" in out
+        assert re.search(r"effects .* 100%", out)
+        assert "result tables in" in out  # the last lines
+        status, out, err = call("stop", "first", "--address", head.address)
+        assert (status, err) == (0, "")
+        assert "has ended already: succeeded" in out
+
+        # The same audit again: another job id is needed, and then there is nothing left to do.
+        status, out, err = call(*submit, "--job-id", "first")
+        assert (status, err.count("\n")) == (2, 1)
+        assert "'first' is a job of this cluster already" in err
+        # What is wrong with the folder shows before anything is uploaded.
+        status, out, err = call(*submit, "--set", "seed=1")
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "seed: " in err
 
 
 def test_a_mistake_that_only_the_cluster_can_see_has_its_own_status(
