@@ -119,7 +119,11 @@ class Nodes:
     def raylets(self) -> int:
         """How many nodes there are, those of the autoscaler included."""
         found = {child.pid: child for node in [self.head, *self.workers] for child in _children(node.process.pid)}
-        raylets = {pid: child.ppid() for pid, child in found.items() if child.name() == "raylet"}
+        raylets: dict[int, int] = {}
+        for pid, child in found.items():
+            with suppress(psutil.NoSuchProcess):  # it may have ended since it was listed
+                if child.name() == "raylet":
+                    raylets[pid] = child.ppid()
         # Between its fork and its exec what a raylet starts looks like another one.
         return sum(parent not in raylets for parent in raylets.values())
 

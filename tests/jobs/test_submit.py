@@ -105,14 +105,10 @@ def test_a_job_does_the_audit_and_follow_ends_with_its_status(
         assert (status, err) == (0, "")
         assert "has ended already: succeeded" in out
 
-        # The same audit again: another job id is needed, and then there is nothing left to do.
+        # The same audit again: another job id is needed.
         status, out, err = call(*submit, "--job-id", "first")
         assert (status, err.count("\n")) == (2, 1)
         assert "'first' is a job of this cluster already" in err
-        # What is wrong with the folder shows before anything is uploaded.
-        status, out, err = call(*submit, "--set", "seed=1")
-        assert (status, out, err.count("\n")) == (2, "", 1)
-        assert "seed: " in err
 
 
 def test_a_mistake_that_only_the_cluster_can_see_has_its_own_status(
@@ -189,6 +185,11 @@ def test_a_stopped_job_keeps_its_work_and_the_same_command_goes_on(
     )  # fmt: skip
     assert keys.num_rows > 0
     assert keys.group_by(keys.column_names).aggregate([]).num_rows == keys.num_rows
+
+    # What is wrong with the folder shows before anything is uploaded.
+    status, out, err = call(*submit, "--set", "seed=1")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "seed: " in err
 
 
 def test_local_mistakes_end_before_anything_is_sent(place: Path, call: Call, tmp_path: Path) -> None:
