@@ -322,6 +322,13 @@ def test_the_commands_take_urls(
     assert "holds no run.json; name a folder that `moe-audit run` has written" in capsys.readouterr().err
 
 
+@pytest.mark.full
+def test_an_audit_on_s3_gives_the_bytes_of_a_local_one(specification: Path, tmp_path: Path) -> None:
+    for place in (str(tmp_path / "run"), url("twin")):
+        assert command("run", specification, "--out", place, "--display", "none") == 0
+    assert results_of(url("twin")) == results_of(str(tmp_path / "run"))
+
+
 def test_other_weights_on_a_machine_end_the_run(
     specification: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
