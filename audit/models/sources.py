@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from audit.demo import CHECKPOINT
@@ -74,7 +75,7 @@ def library_errors(source: str, done: str, right: str) -> Iterator[None]:
     """Within the block the library's errors are a ModelError: ``source`` cannot be ``done``; name what is ``right``."""
     try:
         yield
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         refuse_code(source, error)
         raise ModelError(
             f"model.source: {source!r} cannot be {done} ({first_sentence(error)}); name {right}"

@@ -148,3 +148,10 @@ def test_paths_that_are_asked_for_by_name() -> None:
     assert prepare(module).experts_path == "module"
     with pytest.raises(ModelError, match="'sorted' does not reproduce this model's experts module"):
         prepare(module, experts="sorted")
+
+
+def test_weights_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
+    build("olmoe", dtype=torch.float32).save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(ModelError, match=r"model.source: '.*' cannot be loaded \(.*header.*\); name a folder with a"):
+        audit.load(str(tmp_path), device="cpu")
