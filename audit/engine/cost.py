@@ -20,7 +20,7 @@ from audit.models.discovery import Site, whole_shape
 # Python, torch, transformers and Arrow once imported (CPU), or a CUDA context with its libraries: measured
 # 0.55-0.62 GiB.
 PROGRAM_BYTES = 640 * 2**20
-DEFAULT_MICRO_BATCH = {"cpu": 2048, "cuda": 16384}
+DEFAULT_MICRO_BATCH = {"cpu": 3072, "cuda": 16384}
 SMALLEST_MICRO_BATCH = 16
 # More clean rows than this in one sweep buy nothing: micro-batches are full long before.
 MOST_CLEAN_ROWS = 4096
@@ -203,7 +203,7 @@ def room_for(sizes: Sizes, memory: int, length: int, identity_every: int = 8) ->
 def micro_batch_for(sizes: Sizes, memory: int, length: int) -> int:
     """Rows that go through a layer at once: the device's best, or what a third of the working memory holds."""
     fitting = working_bytes(sizes, memory) // 3 // sizes.row_bytes(length)
-    best = DEFAULT_MICRO_BATCH.get(sizes.device, 2048)
+    best = DEFAULT_MICRO_BATCH.get(sizes.device, DEFAULT_MICRO_BATCH["cpu"])
     return max(SMALLEST_MICRO_BATCH, min(best, int(fitting)))
 
 

@@ -6,6 +6,7 @@ Shapes: T clean rows, M audited rows, P virtual tokens, R rows of a micro-batch,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -14,8 +15,11 @@ from audit.models.head import Head
 from audit.models.linear import chosen_linear
 from audit.outcomes import Baseline, Outcomes, outcomes, outcomes_from_logits
 
-# Logits worked on at a time: on a CPU they and their temporaries should stay in cache, and be enough for the product.
-_CHUNK_ENTRIES = {"cpu": 2**20, "cuda": 2**24}
+# Logits multiplied at a time: enough rows for the product. Of these are compared at a time: on a CPU what stays in cache.
+_PRODUCT_ENTRIES = {"cpu": 2**22, "cuda": 2**24}
+_COMPARED_ENTRIES = {"cpu": 2**19, "cuda": 2**24}
+# A baseline row is worth comparing apart from others where its own rows have so many logits, on average.
+_APART_ENTRIES = 2**17
 
 
 class Readout:
@@ -27,7 +31,11 @@ class Readout:
         audited_MD = hidden_TD[rows_M]
         self.baseline = Baseline.of(head.logits(audited_MD).to(self._wide), target_T[rows_M])
         self._normed_MD = head.normed(audited_MD) if head.linear else audited_MD
-        self._chunk = max(1, _CHUNK_ENTRIES.get(hidden_TD.device.type, 2**20) // self.baseline.logits_MV.shape[1])
+        device, width = hidden_TD.device.type, self.baseline.logits_MV.shape[1]
+        self._product, self._compared = (
+            max(1, entries.get(device, entries["cpu"]) // width) for entries in (_PRODUCT_ENTRIES, _COMPARED_ENTRIES)
+        )
+        self._apart = _APART_ENTRIES / width
 
     def empty(self, rows: int) -> Outcomes:
         """Room for the outcomes of ``rows`` virtual tokens."""
@@ -36,16 +44,28 @@ class Readout:
     def read(self, hidden_RD: Tensor, row_R: Tensor, into: Outcomes, place_R: Tensor) -> None:
         """Outcomes of rows that belong to the audited rows ``row_R``, stored in ``into`` at ``place_R``."""
         normed_RD = self._head.normed(hidden_RD) if self._head.linear else hidden_RD
-        for a in range(0, len(row_R), self._chunk):
-            rows, row = normed_RD[a : a + self._chunk], row_R[a : a + self._chunk]
-            change = self._change(rows, row)
-            with chosen_linear():  # no linear map here, but many small calls of torch
-                found = outcomes(change, self.baseline, row)
-            lost = torch.nonzero(~torch.isfinite(found.kl) | ~torch.isfinite(found.js)).flatten()
-            if len(lost):  # a change beyond the range of exp in float32
-                logits = self.baseline.logits_MV[row[lost]].double() + self._change(rows[lost], row[lost]).double()
-                found.put(lost, outcomes_from_logits(logits, self.baseline, row[lost]))
-            into.put(place_R[a : a + self._chunk], found)
+        for a in range(0, len(row_R), self._product):
+            rows, row = normed_RD[a : a + self._product], row_R[a : a + self._product]
+            place, change = place_R[a : a + self._product], self._change(rows, row)
+            for part in self._parts(row):
+                self._compare(rows[part], row[part], change[part], into, place[part])
+
+    def _parts(self, row_R: Tensor) -> list[slice]:
+        """Consecutive rows to be compared together: of one baseline row each, where most have many."""
+        cuts = torch.nonzero(row_R[1:] != row_R[:-1]).flatten() + 1
+        apart = len(row_R) >= self._apart * (len(cuts) + 1)
+        edges = [0, *(cuts.tolist() if apart else ()), len(row_R)]
+        step = self._compared
+        return [slice(i, min(i + step, b)) for a, b in pairwise(edges) for i in range(a, b, step)]
+
+    def _compare(self, rows_RD: Tensor, row_R: Tensor, change_RV: Tensor, into: Outcomes, place_R: Tensor) -> None:
+        with chosen_linear():  # no linear map here, but many small calls of torch
+            found = outcomes(change_RV, self.baseline, row_R)
+        lost = torch.nonzero(~torch.isfinite(found.kl) | ~torch.isfinite(found.js)).flatten()
+        if len(lost):  # a change beyond the range of exp in float32
+            logits = self.baseline.logits_MV[row_R[lost]].double() + self._change(rows_RD[lost], row_R[lost]).double()
+            found.put(lost, outcomes_from_logits(logits, self.baseline, row_R[lost]))
+        into.put(place_R, found)
 
     def _change(self, rows_RD: Tensor, row_R: Tensor) -> Tensor:
         if self._head.linear:

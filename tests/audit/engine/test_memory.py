@@ -153,9 +153,9 @@ def test_the_micro_batch_follows_the_budget() -> None:
     sizes = Sizes(ready("gpt_oss", 1))
     plenty = working_bytes(sizes, 2**40)
     assert plenty - working_bytes(sizes, 2**40 - 12345) == 12345
-    assert micro_batch_for(sizes, 2**40, 12) == 2048
+    assert micro_batch_for(sizes, 2**40, 12) == 3072
     at_least = sizes.weights + 2**40 - sizes.weights - plenty + 64 * 2**20  # weights, program, the smallest sweep
-    assert micro_batch_for(sizes, at_least, 12) == min(2048, 64 * 2**20 // 3 // sizes.row_bytes(12))
+    assert micro_batch_for(sizes, at_least, 12) == min(3072, 64 * 2**20 // 3 // sizes.row_bytes(12))
 
 
 def test_the_rows_of_a_request_are_known_before_it_runs() -> None:
