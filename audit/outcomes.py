@@ -5,8 +5,8 @@ With p the distribution without the intervention, u = z' - z the change of the l
     KL(p || p') = log1p(<p, expm1(v)>)        delta_loss = KL - v[target]        p' = p exp(v - KL)
 
 Small effects keep their digits this way: a KL of 1e-8 taken from two log-softmaxes in float32 is mostly rounding.
-Shapes: R rows, M baseline rows, V vocabulary. Losses and divergences are in nats. Definitions: this project's methods, arXiv
-2606.10703 (delta_loss).
+Shapes: R rows, M baseline rows, V vocabulary. Losses and divergences are in nats. Definitions: this project's methods,
+arXiv 2606.10703 (delta_loss).
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from audit.models.head import Head
 from audit.models.linear import chosen_linear
 from audit.outcomes import Baseline, Outcomes, outcomes, outcomes_from_logits
 
-# Logits multiplied at a time: enough rows for the product. Of these are compared at a time: on a CPU what stays in cache.
+# Logits formed at a time: enough rows for the product. Those compared at a time: on a CPU they should stay in cache.
 _PRODUCT_ENTRIES = {"cpu": 2**22, "cuda": 2**24}
 _COMPARED_ENTRIES = {"cpu": 2**19, "cuda": 2**24}
 # A baseline row is worth comparing apart from others where its own rows have so many logits, on average.

@@ -11,6 +11,7 @@ from scipy.spatial.distance import jensenshannon
 from scipy.special import log_softmax, rel_entr
 from torch import Tensor
 
+from audit.engine import readout as readout_module
 from audit.engine.readout import Readout
 from audit.outcomes import Baseline, Outcomes, outcomes, outcomes_from_logits
 
@@ -195,12 +196,37 @@ def test_top1_flip_is_about_the_token_that_was_on_top() -> None:
     assert outcomes(change, baseline, torch.arange(3)).top1_flip.tolist() == [False, True, False]
 
 
-def test_rows_share_baselines() -> None:
+@pytest.mark.parametrize("row", [[2, 0, 0, 1, 2, 2, 1], [1] * 7])
+def test_rows_share_baselines(row: list[int]) -> None:
     z, _, target = draw(1.0, torch.float64, rows=3)
     change = draw(0.5, torch.float64, rows=7, seed=9)[1]
-    row = torch.tensor([2, 0, 0, 1, 2, 2, 1])
-    found = outcomes(change.clone(), Baseline.of(z, target), row)
-    for i, r in enumerate(row.tolist()):
+    found = outcomes(change.clone(), Baseline.of(z, target), torch.tensor(row))
+    for i, r in enumerate(row):
         want = expected(z[r], z[r] + change[i], int(target[r]))
-        assert float(found.kl[i]) == pytest.approx(want["kl"], rel=1e-10)
-        assert float(found.delta_loss[i]) == pytest.approx(want["delta_loss"], rel=1e-10, abs=1e-14)
+        for name in NAMES:
+            assert float(getattr(found, name)[i]) == pytest.approx(want[name], rel=1e-10, abs=1e-14), (name, i)
+
+
+@pytest.mark.parametrize("counts", [(300, 1, 70), (5, 40, 3), (1, 0, 0)])
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_rows_are_read_alike_however_many_belong_to_a_baseline(
+    counts: tuple[int, ...], shuffled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One baseline's rows are compared together where there are enough of them, else with those of others."""
+    monkeypatch.setattr(readout_module, "_PRODUCT_ENTRIES", {"cpu": 250 * 2000})
+    monkeypatch.setattr(readout_module, "_COMPARED_ENTRIES", {"cpu": 90 * 2000})
+    monkeypatch.setattr(readout_module, "_APART_ENTRIES", 50 * 2000)
+    generator = torch.Generator().manual_seed(sum(counts))
+    row = torch.repeat_interleave(torch.arange(3), torch.tensor(counts))
+    if shuffled:
+        row = row[torch.randperm(len(row), generator=generator)]
+    z, target = torch.randn(3, 2000, generator=generator, dtype=torch.float64), torch.tensor([7, -1, 1999])
+    changed = z[row] + 0.3 * torch.randn(len(row), 2000, generator=generator, dtype=torch.float64)
+    readout = Readout(HeadStub(), z, torch.arange(3), target)  # type: ignore[arg-type]
+    into, place = readout.empty(len(row)), torch.randperm(len(row), generator=generator)
+    readout.read(changed, row, into, place)
+    want = outcomes_from_logits(changed, Baseline.of(z, target), row)
+    for name in NAMES:
+        torch.testing.assert_close(
+            getattr(into, name)[place], getattr(want, name), rtol=1e-9, atol=1e-12, equal_nan=True
+        )
