@@ -3,10 +3,10 @@
     python -m benchmarks.effects                        # T = 256 and 512, both initialisations, two threads
     python -m benchmarks.effects --tokens 256 --threads 1 --markdown benchmarks/2026-01-01_effects.md
 
-Everything is measured in one process and one run, because machines are noisy. All layers, all active experts and all
-positions are audited and every outcome is computed, identity controls and repeats included. Useful operations are
-counted by ``useful_flops`` below; work the sweep does twice (a layer entered again at a birth, repeats under another
-rounding) is not useful.
+Everything is measured in one process and one run, in turns, because machines are noisy; the table gives the median of
+the turns and their extremes. All layers, all active experts and all positions are audited and every outcome is
+computed, identity controls and repeats included. Useful operations are counted by ``useful_flops`` below; work the
+sweep does twice (a layer entered again at a birth, repeats under another rounding) is not useful.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from audit.outcomes import Baseline, outcomes_from_logits
 from benchmarks.model import olmoe_shaped
 
 WIDE = 0.08
+BACK_ENDS = ("eager", "grouped_mm")
 
 
 def matrix_product_rate(function: Callable[[Tensor, Tensor], Tensor], size: int = 2048, repeats: int = 7) -> float:
@@ -125,57 +126,64 @@ def sequence_of(T: int, vocabulary: int, number: int = 0) -> TokenSequence:
     return TokenSequence(number, number, "random", ids, np.zeros(T, dtype=np.int32), np.zeros(T, dtype=np.bool_))
 
 
-def compare(T: int, sd: float | None, threads: int, sampled: int, repeats: int = 2) -> dict[str, object]:
-    """One row of the table."""
+def compare(T: int, sd: float | None, threads: int, sampled: int, turns: int) -> dict[str, object]:
+    """One column of the table. Everything is timed once per turn; ratios are taken within a turn, of which the median
+    and the extremes are given.
+    """
     torch.set_num_threads(threads)
     module = olmoe_shaped(sd)
     model = audit.prepare(module)
-    sequence = sequence_of(T, module.config.vocab_size)
-    ids = torch.from_numpy(sequence.token_ids)
+    # Sequence 0 has repeats, 1 has none; one in ``identity_every`` is like the former.
+    sequences = [sequence_of(T, module.config.vocab_size, number) for number in (0, 1)]
+    ids = torch.from_numpy(sequences[0].token_ids)
     engine = Engine(model, memory=4 * 2**30)
     zero = [audit.Intervention("zero")]
     layers = list(range(len(model.layers)))
-    engine.measure([sequence], [np.arange(0, T, 8)], layers=layers, interventions=zero)  # warm up
-    rates = {backend: forward_per_effect(model, ids, backend, sampled) for backend in ("eager", "grouped_mm")}
-    torch_rate = matrix_product_rate(torch.matmul)
-    best_rate = max(torch_rate, matrix_product_rate(linear)) if onednn_agrees() else torch_rate
-    # Sequence 0 has repeats, 1 has none; one in ``identity_every`` is like the former.
-    best = dict.fromkeys((0, 1), float("inf"))
-    for number in list(best) * repeats:
-        start = time.perf_counter()
-        one = sequence_of(T, module.config.vocab_size, number)
-        measured = engine.measure([one], [np.arange(T)], layers=layers, interventions=zero)
-        best[number] = min(best[number], time.perf_counter() - start)
-    seconds = (best[0] + (engine.identity_every - 1) * best[1]) / engine.identity_every
+    engine.measure(sequences[:1], [np.arange(0, T, 8)], layers=layers, interventions=zero)  # warm up
+    products = {"torch": torch.matmul} | ({"oneDNN": linear} if onednn_agrees() else {})
+    times: list[dict[str, float]] = []
+    for turn in range(turns):
+        time_of = {back_end: forward_per_effect(model, ids, back_end, sampled, turn) for back_end in BACK_ENDS}
+        time_of |= {name: matrix_product_rate(product) for name, product in products.items()}
+        for name, sequence in zip(("repeated", "once"), sequences, strict=True):
+            start = time.perf_counter()
+            measured = engine.measure([sequence], [np.arange(T)], layers=layers, interventions=zero)
+            time_of[name] = time.perf_counter() - start
+        times.append(time_of)
+    timed = pd.DataFrame(times)
+    timed["seconds"] = (timed["repeated"] + (engine.identity_every - 1) * timed["once"]) / engine.identity_every
     effects = measured.effects.to_pandas()
-    rows = effects.groupby("layer").size().to_dict()
-    flops = useful_flops(model, T, rows)
-    backend, plain = max(rates.items(), key=lambda item: item[1])
+    flops = useful_flops(model, T, effects.groupby("layer").size().to_dict())
+    plain, rate = timed[list(BACK_ENDS)].median().idxmax(), flops / timed["seconds"]
     deepest = effects[(effects["layer"] == layers[-1]) & (effects["unit"] == "expert")]
-    sweep = len(effects) / seconds
     batched = nnsight_per_effect(model, ids, 16)
     return {
         "T": T,
         "weights": "default" if sd is None else f"sd {sd}",
         "threads": threads,
         "effects": len(effects),
-        "seconds": round(seconds, 2),
-        "repeats cost": f"{seconds / best[1] - 1:.1%} ({best[0] / best[1] - 1:.1%} where repeated)",
-        "effects/s": round(sweep),
-        "one forward each, effects/s": f"{plain:.1f} ({backend})",
-        "ratio": round(sweep / plain),
+        "seconds": spread(timed["seconds"], ".2f"),
+        "repeats cost": f"{(timed['seconds'] / timed['once']).median() - 1:.1%}",
+        "effects/s": spread(len(effects) / timed["seconds"], ",.0f"),
+        "one forward each, effects/s": f"{spread(timed[plain], '.1f')} {plain}",
+        "ratio": spread(len(effects) / timed["seconds"] / timed[plain], ",.0f"),
         "nnsight effects/s": "not installed" if batched is None else f"{batched:.1f}",
-        "useful GFLOP/s": round(flops / seconds / 1e9),
-        "torch matmul GFLOP/s": round(torch_rate / 1e9),
-        "share of it": f"{flops / seconds / torch_rate:.0%}",
-        "best matmul GFLOP/s": round(best_rate / 1e9),
-        "share of best": f"{flops / seconds / best_rate:.0%}",
+        "useful GFLOP/s": spread(rate / 1e9, ".0f"),
+        "torch matmul GFLOP/s": spread(timed["torch"] / 1e9, ".0f"),
+        "share of it": spread(rate / timed["torch"], ".0%"),
+        "best matmul GFLOP/s": spread(timed[list(products)].max(axis=1) / 1e9, ".0f"),
+        "share of best": spread(rate / timed[list(products)].max(axis=1), ".0%"),
         "linear, experts": f"{model.linear_path}, {model.experts_path}",
         "micro-batch": measured.micro_batch,
         "experts used, deepest layer": int(deepest["expert"].nunique()),
         "median KL": f"{effects.loc[effects['unit'] == 'expert', 'kl'].median():.1e}",
         "floor KL (max)": f"{effects.loc[effects['unit'] == 'identity', 'kl'].max():.1e}",
     }
+
+
+def spread(values: pd.Series[float], form: str) -> str:
+    """The median over the turns, and the extremes."""
+    return f"{values.median():{form}} ({values.min():{form}} to {values.max():{form}})"
 
 
 def peak_memory(T: int, budget: int, threads: int) -> None:
@@ -251,7 +259,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="+", default=[256, 512])
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--sampled", type=int, default=24, help="full forwards timed per experts back end")
+    parser.add_argument("--sampled", type=int, default=16, help="full forwards timed per experts back end and turn")
+    parser.add_argument("--turns", type=int, default=5, help="how often everything is timed, in turns")
     parser.add_argument("--markdown", type=Path, help="also write the tables to this file")
     parser.add_argument("--peak", type=int, nargs=2, metavar=("T", "BYTES"), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -259,7 +268,11 @@ def main() -> None:
     if arguments.peak:
         peak_memory(*arguments.peak, arguments.threads)
         return
-    rows = [compare(T, sd, arguments.threads, arguments.sampled) for T in arguments.tokens for sd in (WIDE, None)]
+    rows = [
+        compare(T, sd, arguments.threads, arguments.sampled, arguments.turns)
+        for T in arguments.tokens
+        for sd in (WIDE, None)
+    ]
     speed = pd.DataFrame(rows).set_index("T").T
     sections = {"Speed": speed, "Memory": memory_table(arguments.threads), "Growth": growth_table(arguments.threads)}
     versions = f"torch {torch.__version__}, transformers {transformers.__version__}, {arguments.threads} threads, "
