@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from audit.models.moe_model import MoEModel
 from audit.models.seam import replaced, with_first
-from audit.observations.hashing import hash_words
+from audit.observations.hashing import hash_words, splitmix
 
-_FIRST, _SECOND = 0x7FEB352D, 0x846CA68B - (1 << 32)  # those of lowbias32 (C. Wellons 2018), as signed integers
 _INTEGERS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -37,17 +36,9 @@ def moved(values: Tensor, seed: int) -> Tensor:
     nothing give exactly, and what is not finite stay.
     """
     bits = values.contiguous().view(_INTEGERS[values.element_size()])
-    word = (bits ^ (bits >> 32) if bits.dtype == torch.int64 else bits).to(torch.int32)
-    key_D = hash_words(seed, torch.arange(values.shape[-1], device=values.device)).to(torch.int32)
-    step = ((_mixed(word ^ key_D) >> 31) | 1).to(bits.dtype)  # the sign: -1 or 1
-    return (bits + step.masked_fill_((values == 0) | ~values.isfinite(), 0)).view(values.dtype)
-
-
-def _mixed(word: Tensor) -> Tensor:
-    # In 32 bits: every layer's outputs pass through here, and a 64-bit hash took a twentieth of a sweep.
-    word = word * _FIRST
-    word ^= word >> 15
-    return word.mul_(_SECOND)
+    key_D = hash_words(seed, torch.arange(values.shape[-1], device=values.device))
+    step = torch.where(splitmix(bits.long() ^ key_D) < 0, -1, 1).to(bits.dtype)
+    return torch.where((values == 0) | ~values.isfinite(), values, (bits + step).view(values.dtype))
 
 
 def _parts(model: MoEModel) -> list[nn.Module]:

@@ -92,7 +92,7 @@ def require_whole(place: str, whole: dict[str, pa.Table]) -> None:
         ("/effects/", 0, 300, 3),  # in the first Parquet file
         pytest.param("/tokens/", 1, 0, 7, marks=pytest.mark.full),  # in the second commit, after the effects
         pytest.param("/manifests/", 3, 0, 7, marks=pytest.mark.full),  # between the files and the manifest
-        ("/manifests/", 3, 80, 7),  # in the manifest
+        pytest.param("/manifests/", 3, 80, 7, marks=pytest.mark.full),  # in the manifest
         ("/observations/", 1, 3, 0),  # in a worker
         pytest.param("/progress/", 2, 10, None, marks=pytest.mark.full),
         ("/results/experts", 0, 30, 12),

@@ -97,6 +97,7 @@ def test_a_run_on_s3_gives_the_bytes_of_a_local_one(local: dict[str, bytes]) -> 
     assert [name.removeprefix(f"{folder.url}/") for name in objects(f"{folder.url}/lease")] == ["lease/000002.json"]
 
 
+@pytest.mark.full  # make test has it on a local folder
 def test_a_run_goes_on_where_a_killed_driver_left_it(local: dict[str, bytes]) -> None:
     """Killed when the second commit's files are written and its manifest is not."""
     place = url("killed")
