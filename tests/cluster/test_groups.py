@@ -192,6 +192,7 @@ def test_ranks_are_counted_node_by_node_with_a_cpu_left_for_the_writer() -> None
 # Whole runs ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.full  # a lost group and a killed process are in make test each by itself
 def test_a_rank_killed_in_mid_task_costs_nothing(tmp_path: Path) -> None:
     """With the stub's tables, which depend on the task alone, so that one row lost or twice would be seen."""
     plan = FaultPlan({("effects-0002", 1): "kill"}, rank=1)
