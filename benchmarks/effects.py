@@ -141,16 +141,16 @@ def compare(T: int, sd: float | None, threads: int, sampled: int, turns: int) ->
     layers = list(range(len(model.layers)))
     engine.measure(sequences[:1], [np.arange(0, T, 8)], layers=layers, interventions=zero)  # warm up
     products = {"torch": torch.matmul} | ({"oneDNN": linear} if onednn_agrees() else {})
-    times: list[dict[str, float]] = []
+    rounds: list[dict[str, float]] = []  # seconds of the sweeps, rates of everything else
     for turn in range(turns):
-        time_of = {back_end: forward_per_effect(model, ids, back_end, sampled, turn) for back_end in BACK_ENDS}
-        time_of |= {name: matrix_product_rate(product) for name, product in products.items()}
+        found = {back_end: forward_per_effect(model, ids, back_end, sampled, turn) for back_end in BACK_ENDS}
+        found |= {name: matrix_product_rate(product) for name, product in products.items()}
         for name, sequence in zip(("repeated", "once"), sequences, strict=True):
             start = time.perf_counter()
             measured = engine.measure([sequence], [np.arange(T)], layers=layers, interventions=zero)
-            time_of[name] = time.perf_counter() - start
-        times.append(time_of)
-    timed = pd.DataFrame(times)
+            found[name] = time.perf_counter() - start
+        rounds.append(found)
+    timed = pd.DataFrame(rounds)
     timed["seconds"] = (timed["repeated"] + (engine.identity_every - 1) * timed["once"]) / engine.identity_every
     effects = measured.effects.to_pandas()
     flops = useful_flops(model, T, effects.groupby("layer").size().to_dict())
