@@ -26,6 +26,7 @@ _REQUEST_SECONDS = 30.0
 _QUIET_SECONDS = 60.0  # a log silent for so long is asked for anew: the connection may be dead without saying so
 _PATIENCE_SECONDS = 300.0  # how long a lost cluster is looked for
 _POLL_SECONDS = 1.0
+_AGENT_SECONDS = 120.0  # a head takes jobs only once its agent has come up, which a loaded machine is slow with
 _OVER = ("succeeded", "failed", "stopped")
 _TOKEN_FILE = "~/.ray/auth_token"
 
@@ -96,22 +97,33 @@ class JobClient:
     ) -> None:
         """Upload ``package``, a zip file whose content becomes the working folder, and start the entrypoint in it.
 
-        Raises JobError for an id that is taken.
+        A head that has only just started is waited for. Raises JobError for an id that is taken.
         """
         taken = JobError(f"--job-id: {job!r} is a job of this cluster already; name another, or leave it out")
         if any(state.id == job for state in self.states()):
             raise taken
-        try:
-            self._client.submit_job(
-                entrypoint=entrypoint,
-                submission_id=job,
-                runtime_env={"working_dir": str(package), "env_vars": dict(env)},
-                metadata=dict(metadata),
-            )
-        except JobError as error:
-            if "already exists" in str(error):  # somebody else was faster
-                raise taken from None
-            raise
+        deadline = time.monotonic() + _AGENT_SECONDS
+        while True:
+            try:
+                self._client.submit_job(
+                    entrypoint=entrypoint,
+                    submission_id=job,
+                    runtime_env={"working_dir": str(package), "env_vars": dict(env)},
+                    metadata=dict(metadata),
+                )
+                return
+            except JobError as error:
+                if "already exists" in str(error):  # somebody else was faster
+                    raise taken from None
+                if "No available agent" not in str(error):
+                    raise
+            if time.monotonic() > deadline:
+                raise JobError(
+                    f"the cluster at {self.address} has taken no job for {_AGENT_SECONDS:g} s: the agent of its head "
+                    "is not up, most often because another cluster on that machine has its port; start the head with "
+                    "--dashboard-agent-listen-port=0, or see dashboard_agent.log there"
+                )
+            time.sleep(_POLL_SECONDS)
 
     def state(self, job: str) -> JobState:
         """Raises JobError for a job the cluster does not know."""
