@@ -34,9 +34,11 @@ _STORE_BYTES = 150 << 20
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Below the ports that the system hands out: one of those may be gone before Ray has come to open it."""
+    while True:
+        port = 20000 + secrets.randbelow(12000)
+        with suppress(OSError), socket.create_server(("", port)):
+            return port
 
 
 # Ray's fake provider of nodes takes the head for granted under this name.
@@ -147,7 +149,7 @@ class Nodes:
         command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats", *arguments]
         command += [f"--num-cpus={cpus}", f"--object-store-memory={_STORE_BYTES}"]
         # 0: any free port, where workers of several nodes would take the same ones.
-        command += ["--min-worker-port=0", "--max-worker-port=0", f"--dashboard-agent-listen-port={free_port()}"]
+        command += ["--min-worker-port=0", "--max-worker-port=0", "--dashboard-agent-listen-port=0"]
         command.append("--include-log-monitor=false")
         with open(log, "wb") as output:
             process = subprocess.Popen(

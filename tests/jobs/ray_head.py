@@ -36,7 +36,8 @@ def ray_head(cpus: int) -> Iterator[Head]:
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
         *(f"--num-cpus={cpus}", "--object-store-memory=150000000", f"--temp-dir={folder}"),
         *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}", f"--port={_free_port()}"),
-        *(f"--dashboard-agent-listen-port={_free_port()}", f"--ray-client-server-port={_free_port()}"),
+        # Any free port: an agent whose port somebody else has taken meanwhile stays up, and takes no jobs.
+        *("--dashboard-agent-listen-port=0", f"--ray-client-server-port={_free_port()}"),
     ]
     mine = {
         "RAY_AUTH_MODE": "token",
@@ -123,6 +124,8 @@ def _wait(port: int, token: str, process: subprocess.Popen[bytes]) -> None:
 
 
 def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port: int = probe.getsockname()[1]
-    return port
+    """Below the ports that the system hands out: one of those may be gone before Ray has come to open it."""
+    while True:
+        port = 20000 + secrets.randbelow(12000)
+        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return port
