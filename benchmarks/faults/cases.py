@@ -179,7 +179,7 @@ CASES = (
         trial={"gate": True, "policy": {"hang_seconds": 15.0}},
         told="no answer within 15 seconds",
     ),
-    Case(name="SIGKILL to a node", trial={"gate": True}, disturb=_kill_node, told=_NODE_LOST),
+    Case(name="SIGKILL to a node", trial={"gate": True}, disturb=_kill_node, told=_NODE_LOST, full=True),
     Case(
         name="SIGKILL to a node, and the groups want every CPU that is left",
         disturb=_kill_node,
@@ -195,6 +195,7 @@ CASES = (
     Case(
         name="SIGKILL to the write task",
         trial={"faults": (Fault("effects", "write"),)},
+        full=True,
         told="its writer is gone.*it is tried again in 1 s",
     ),
     Case(

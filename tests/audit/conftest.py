@@ -13,6 +13,11 @@ TokenizerFactory = Callable[[str], PreTrainedTokenizerFast]
 _TRAINING_TEXT = ["The cat sat on the mat. It was warm! Was it? The dog ran home, and the cat slept."] * 20
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_ray(no_ray: None) -> None:
+    """Nothing here uses it, and an idle one takes a twentieth of the cores."""
+
+
 @pytest.fixture(scope="session")
 def make_tokenizer() -> TokenizerFactory:
     """A byte-level BPE tokenizer that puts its special tokens as the template says, for example ``<s> $A``."""

@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 
-from stub_worker import make_job
+from stub_job import make_job
 
 from audit.runfolder import Manifest, RunFolder
 from cluster.display import NoDisplay, Status

@@ -1,24 +1,20 @@
-"""A worker without a model: tables of the public schemas from a seeded generator, and faults on demand."""
+"""A worker without a model: tables of the public schemas from a seeded generator, and faults on demand.
+
+What this module imports, every rank does, so that what drivers need is beside it.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Literal
 
-import numpy as np
-import pyarrow as pa
-
 from audit.storage import Storage
-from benchmarks.faults.trial import LAYERS, TOP_K, tables
-from cluster.driver.driver import Policy
-from cluster.driver.group import Place, Shape
-from cluster.driver.scaling import Scale
-from cluster.run import Job
+from benchmarks.faults.trial import LAYERS, tables
+from cluster.driver.group import Place
 from cluster.tasks import Task
 from cluster.worker import Output
 
@@ -68,45 +64,3 @@ class StubWorker:
         read = [content.decode() for content in storage.read_many(merged)] or [task.id]
         storage.write(f"{name}/sum", "+".join(read).encode())
         return Output({"folder": name})
-
-
-def make_job(
-    *,
-    tasks: int = 9,
-    positions: int = 5,
-    groups: int = 2,
-    ranks: int = 1,
-    plan: FaultPlan | None = None,
-    seconds: float = 0.0,
-    policy: Policy | None = None,
-    calibration: int = 0,
-    identity: Mapping[str, object] | None = None,
-) -> Job:
-    observe = [Task(id=f"observe-{i:04d}", kind="observe", rows=10, flops=10) for i in range(calibration)]
-    merge = [Task(id="merge-calibration", kind="merge", inputs=tuple(t.id for t in observe))] if observe else []
-    measure = [
-        Task(
-            id=f"effects-{i:04d}",
-            kind="measure",
-            positions=(np.arange(1, 1 + positions + i % 3),),
-            layers=LAYERS,
-            flops=1.0 + i % 3,
-            rows=(TOP_K + 1) * len(LAYERS) * (positions + i % 3),
-            inputs=tuple(t.id for t in merge),
-        )
-        for i in range(tasks)
-    ]
-    return Job(
-        stages=(("observe", observe), ("merge", merge), ("effects", measure)),
-        identity=identity or {"specification": {"seed": 0}},
-        information={"specification": {}, "model": {"source": "stub"}},
-        make_worker=partial(StubWorker, plan=plan or FaultPlan(), seconds=seconds),
-        scale=Scale(max_groups=groups),
-        shape=Shape(ranks=ranks),
-        policy=policy or Policy(commit_results=4, relaunch_seconds=0.0),
-    )
-
-
-def rows_of(tables_: Sequence[pa.Table]) -> list[tuple[object, ...]]:
-    """Rows as sorted tuples, to compare tables whose order has no meaning."""
-    return sorted((tuple(row.values()) for table in tables_ for row in table.to_pylist()), key=repr)

@@ -20,7 +20,7 @@ MOST = 2
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
+def nodes(no_ray: None) -> Iterator[Nodes]:
     with autoscaled(head_cpus=1, worker_cpus=1, max_workers=MOST, idle_seconds=3.0) as nodes:
         yield nodes
 

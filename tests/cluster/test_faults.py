@@ -15,7 +15,7 @@ from benchmarks.faults.trial import Trial
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
+def nodes(no_ray: None) -> Iterator[Nodes]:
     with Nodes() as nodes:
         yield nodes
 

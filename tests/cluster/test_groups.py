@@ -13,7 +13,8 @@ import pytest
 import ray
 from rank_workers import Apart, Together, refuse, slow
 from ray.util.placement_group import placement_group_table
-from stub_worker import FaultPlan, make_job, rows_of, tables
+from stub_job import make_job, rows_of
+from stub_worker import FaultPlan, tables
 
 from audit.runfolder import RunFolder
 from cluster.display import LineDisplay
@@ -23,15 +24,9 @@ from cluster.driver.scaling import Scale
 from cluster.groups import resources
 from cluster.groups.ray_fleet import RayFleet
 from cluster.run import execute
-from cluster.session import ray_session
 from cluster.tasks import Attempt, Task
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _cluster() -> Iterator[None]:
-    with ray_session(cpus=2):
-        yield
-
+pytestmark = pytest.mark.usefixtures("ray_cluster")
 
 ADD = Attempt(Task(id="add", kind="measure"), 1)
 

@@ -21,7 +21,7 @@ from cluster.run import Job
 
 
 @pytest.fixture(scope="module")
-def gpus() -> Iterator[None]:
+def gpus(no_ray: None) -> Iterator[None]:
     """A cluster of this machine that declares two GPUs, which nobody computes on."""
     with session._scratch() as folder, session._own_token(), session._loopback_only():
         connected = session._connected(
@@ -59,12 +59,12 @@ def test_the_plan_is_made_on_a_gpu_of_the_cluster() -> None:
     assert job.information["gpus"] == 1
     assert job.scale.max_groups == 2  # of the cluster's GPUs; the plan saw one
     assert said == ["making the plan on a GPU of the cluster, as this machine has none"]
-    assert prepare_for_run(config(cluster={"max_groups": 1}), prepare=told).scale.max_groups == 1
 
 
 @pytest.mark.usefixtures("gpus")
 def test_a_run_that_is_resumed_stays_on_its_kind_of_device() -> None:
-    on_gpu = prepare_for_run(config(), {"device": "cuda:0"}, prepare=told)
+    on_gpu = prepare_for_run(config(cluster={"max_groups": 1}), {"device": "cuda:0"}, prepare=told)
+    assert on_gpu.scale.max_groups == 1
     assert (on_gpu.information["gpus"], on_gpu.identity["resolved"]) == (1, {"device": "cuda:0"})
     on_cpu = prepare_for_run(config(), {"device": "cpu"}, prepare=told)
     assert on_cpu.information == {"process": os.getpid(), "gpus": 0}

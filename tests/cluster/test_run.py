@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
-from stub_worker import FaultPlan, make_job, rows_of, tables
+from stub_job import make_job, rows_of
+from stub_worker import FaultPlan, tables
 
 from audit.runfolder import RunFolder, RunFolderError
 from cluster.display import LineDisplay, NoDisplay
@@ -95,7 +96,7 @@ def test_faults_lose_nothing_and_a_task_that_always_fails_is_quarantined(whole: 
             ("effects-0007", 1): "kill",
         }
     )
-    policy = Policy(commit_results=4, relaunch_seconds=0.0, hang_seconds=20.0)
+    policy = Policy(commit_results=4, relaunch_seconds=0.0, hang_seconds=8.0)
     folder, out = RunFolder(str(tmp_path)), io.StringIO()
     outcome = execute(make_job(calibration=2, plan=plan, policy=policy), folder, LineDisplay(out))
     assert outcome.exit_status == 1
@@ -104,7 +105,7 @@ def test_faults_lose_nothing_and_a_task_that_always_fails_is_quarantined(whole: 
     assert (record["task"], record["attempts"]) == ("effects-0004", 3)
     assert "effects-0004 was told to fail" in record["error"]
     assert out.getvalue().count("was lost while it ran") == 3
-    assert "no answer within 20 seconds" in out.getvalue()
+    assert "no answer within 8 seconds" in out.getvalue()
     require_exact(folder, skip="effects-0004")
     # The cause is gone: the same command does what is missing.
     _, outcome = run(tmp_path, make_job(calibration=2))
@@ -129,7 +130,9 @@ def test_another_specification_is_refused_and_the_difference_named(whole: RunFol
     assert sorted(Path(whole.url).rglob("*")) == before
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.full)]
+)
 def test_a_stop_signal_commits_what_is_finished(tmp_path: Path, number: int, status: int) -> None:
     job = make_job(tasks=8, seconds=0.3, policy=Policy(commit_results=100))
     progress = io.StringIO()

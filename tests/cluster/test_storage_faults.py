@@ -17,7 +17,8 @@ import pytest
 import ray
 from faulty_storage import fault
 from s3_server import BUCKET, S3Server, s3_server
-from stub_worker import make_job, rows_of, tables
+from stub_job import make_job, rows_of
+from stub_worker import tables
 
 from audit.runfolder import RunFolder, RunFolderError
 from audit.storage import Storage, StorageError
@@ -38,7 +39,7 @@ def server() -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="module")
-def cluster(server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def cluster(no_ray: None, server: S3Server, tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Ray, whose processes know the faulty file system."""
     faulty_storage.register()
     with pytest.MonkeyPatch.context() as patch:
@@ -136,7 +137,7 @@ def test_a_disk_that_refuses_from_some_moment_on(
     require_whole(place, whole)
 
 
-@pytest.mark.parametrize("pattern", ["/lease/", "/run.json"])
+@pytest.mark.parametrize("pattern", [pytest.param("/lease/", marks=pytest.mark.full), "/run.json"])
 def test_a_full_disk_before_any_work(whole: dict[str, pa.Table], tmp_path: Path, pattern: str) -> None:
     place = f"faulty://{tmp_path}/run"
     with fault(pattern, errno.ENOSPC, after=5), pytest.raises(StorageError, match=NO_ROOM):
@@ -160,7 +161,8 @@ def mounted(folder: Path, options: str) -> Iterator[None]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.parametrize("kilobytes", [60, pytest.param(90, marks=pytest.mark.full)])
+@pytest.mark.full  # make test has both by themselves: a disk that fills up, and a real disk without any room
+@pytest.mark.parametrize("kilobytes", [60, 90])
 def test_a_small_disk(whole: dict[str, pa.Table], tmp_path: Path, kilobytes: int) -> None:
     disk = tmp_path / "disk"
     with mounted(disk, f"size={kilobytes}k"):

@@ -17,7 +17,8 @@ import psutil
 import pytest
 import yaml
 from s3_server import BUCKET, S3Server, s3_server
-from stub_worker import make_job, rows_of, tables
+from stub_job import make_job, rows_of
+from stub_worker import tables
 
 from audit.demo import CHECKPOINT
 from audit.models import ModelError
@@ -39,7 +40,7 @@ def server() -> Iterator[S3Server]:
 
 
 @pytest.fixture(scope="module")
-def ray(server: S3Server) -> Iterator[None]:
+def ray(no_ray: None, server: S3Server) -> Iterator[None]:
     """Begun with the server's address in the environment, so that every process has it."""
     with ray_session(cpus=2):
         yield

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from shapes import Call, Cluster
+from shared_ray import SharedRay
 from tiny_olmoe import write_tiny_olmoe
 
 from cluster import session
@@ -67,8 +68,9 @@ def call(capsys: pytest.CaptureFixture[str]) -> Call:
 
 
 @pytest.fixture(scope="session")
-def studied(place: Path) -> Path:
+def studied(place: Path, shared_ray: SharedRay) -> Path:
     """A finished run with every study."""
+    shared_ray.open()
     with pytest.raises(SystemExit) as ended:
         main(["run", str(place / "audit.yaml"), "--out", str(place / "run"), "--display", "none"])
     assert ended.value.code == 0
@@ -76,8 +78,9 @@ def studied(place: Path) -> Path:
 
 
 @pytest.fixture
-def cluster(monkeypatch: pytest.MonkeyPatch) -> Cluster:
+def cluster(monkeypatch: pytest.MonkeyPatch, shared_ray: SharedRay) -> Cluster:
     """``with cluster(4): ...`` runs on a Ray cluster of this machine that declares so many CPUs."""
+    shared_ray.close()
 
     @contextmanager
     def of(cpus: int) -> Iterator[None]:

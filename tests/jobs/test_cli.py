@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +18,6 @@ from audit.config import AuditConfig
 from audit.runfolder import RunFolder
 from cluster.groups.engine_worker import EngineWorker
 from cluster.planning.plan import prepare
-from cluster.session import ray_session
 from jobs.cli import main
 
 
@@ -44,13 +42,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(place: Path) -> Iterator[Path]:
-    """A finished run, on a cluster that the tests below share."""
-    with ray_session(cpus=2):
-        with pytest.raises(SystemExit) as ended:
-            main(["run", str(place / "audit.yaml"), "--out", str(place / "run"), "--display", "none"])
-        assert ended.value.code == 0
-        yield place / "run"
+def finished(place: Path, ray_cluster: None) -> Path:
+    """A finished run."""
+    with pytest.raises(SystemExit) as ended:
+        main(["run", str(place / "audit.yaml"), "--out", str(place / "run"), "--display", "none"])
+    assert ended.value.code == 0
+    return place / "run"
 
 
 def test_help_loads_nothing() -> None:

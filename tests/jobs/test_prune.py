@@ -19,7 +19,7 @@ TEXT = "the expert that answers is not the expert that was asked"
 
 
 @pytest.fixture(scope="module")
-def audited(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def audited(place: Path, ray_cluster: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run without studies."""
     run = tmp_path_factory.mktemp("audited") / "run"
     smaller = ("--set", "studies={}", "--set", "positions.sample=2", "--set", "attribution=false")

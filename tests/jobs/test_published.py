@@ -41,7 +41,7 @@ SMALLER = (
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=() if name == "qwen1_5_moe" else pytest.mark.full) for name in MAIN]
 )
-def test_a_published_configuration_runs_to_its_table(name: str, tmp_path: Path, call: Call) -> None:
+def test_a_published_configuration_runs_to_its_table(name: str, tmp_path: Path, call: Call, ray_cluster: None) -> None:
     model, run = MAIN[name], tmp_path / "run"
     tiny_checkpoint(model, tmp_path / "model")
     lines = [f"The expert number {n} answers what another expert was asked about the weather." for n in range(4)]

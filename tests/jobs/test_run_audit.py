@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,6 @@ def start(place: Path, capsys: pytest.CaptureFixture[str]) -> Start:
     return run
 
 
-@pytest.fixture(scope="module")
-def shared() -> Iterator[None]:
-    with session.ray_session(cpus=1):
-        yield
-
-
 def struck(function: Callable[..., Any], *, after: bool = False) -> Callable[..., Any]:
     """The function with a SIGTERM of the operating system right before it, or right after."""
 
@@ -86,7 +80,7 @@ def test_a_stop_while_the_model_loads_leaves_nothing(
 
 @pytest.mark.parametrize("after", [False, True])
 def test_a_stop_while_ray_starts_leaves_no_process_and_no_file(
-    start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
+    no_ray: None, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: bool
 ) -> None:
     monkeypatch.setattr(session, "_SCRATCH", "/tmp/moe-stop-")
     monkeypatch.setattr(session.ray, "init", struck(ray.init, after=after))
@@ -102,7 +96,7 @@ def test_a_stop_while_ray_starts_leaves_no_process_and_no_file(
 
 
 def test_a_stop_while_results_are_reduced_loses_nothing_and_the_same_command_goes_on(
-    shared: None, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ray_cluster: None, start: Start, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as once:
         once.setattr(reducer, "reduce", struck(reducer.reduce))
@@ -120,7 +114,7 @@ def test_a_stop_while_results_are_reduced_loses_nothing_and_the_same_command_goe
     assert folder.read_table("layers").num_rows > 0
 
 
-def test_progress_is_plain_lines_and_mistakes_have_status_2(shared: None, start: Start, tmp_path: Path) -> None:
+def test_progress_is_plain_lines_and_mistakes_have_status_2(ray_cluster: None, start: Start, tmp_path: Path) -> None:
     status, out, err = start(tmp_path / "run", "seed=1", "positions.sample=20")
     assert status == 0, err
     assert "effects: " in err

@@ -52,7 +52,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
+def head(no_ray: None) -> Iterator[Head]:
     with ray_head(cpus=2) as started:
         yield started
 
