@@ -36,7 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("place")
     write_tiny_olmoe(folder / "model", layers=2, experts=4, top_k=2)
     (folder / "texts").mkdir()
-    for number in range(40):
+    for number in range(20):
         text = f"Document {number} says: the expert that answers is not the expert that was asked."
         (folder / "texts" / f"{number:02d}.txt").write_text(text)
     specification = {

@@ -20,7 +20,7 @@ from audit.interventions import Intervention, Target
 from audit.models import ModelError, prepare
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [pytest.param(torch.float32, marks=pytest.mark.full), torch.bfloat16])
 @pytest.mark.parametrize("family", SWEEP)
 def test_every_family_keeps_the_sweep_and_reroute_in_low_precision(family: str, dtype: torch.dtype) -> None:
     model = validate(prepare(build(family, 0, dtype)))
