@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import multiprocessing
 import os
-import resource
 import sys
 import tempfile
 import time
@@ -38,6 +37,7 @@ from audit.models.loading import load_model
 from audit.models.memory import Backend, Offload
 from audit.models.outline import configuration_of
 from audit.models.shards.backends import open_shard
+from benchmarks.memory import peak_resident
 from benchmarks.model import olmoe_shaped
 
 MIB = 2**20
@@ -181,7 +181,7 @@ def _process(
         seconds = time.perf_counter() - start
     effects = found.effects.num_rows
     gathered = max((count - before.get(layer, 0) for layer, count in shard.gathers.items()), default=0)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident()
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
     pipe.send(

@@ -15,7 +15,6 @@ import argparse
 import importlib
 import importlib.util
 import platform
-import resource
 import subprocess
 import sys
 import time
@@ -34,6 +33,7 @@ from audit.engine import Engine
 from audit.models import MoEModel
 from audit.models.linear import linear, onednn_agrees
 from audit.outcomes import Baseline, outcomes_from_logits
+from benchmarks.memory import peak_resident
 from benchmarks.model import olmoe_shaped
 
 WIDE = 0.08
@@ -197,7 +197,7 @@ def peak_memory(T: int, budget: int, threads: int) -> None:
         sequences, [np.arange(T)] * 4, layers=range(16), interventions=[audit.Intervention("zero")]
     )
     seconds = time.perf_counter() - start
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = peak_resident()
     print(f"{T},{budget},{peak},{len(measured.effects)},{seconds:.2f},{measured.micro_batch},{measured.halvings}")
 
 
