@@ -20,6 +20,8 @@ from pathlib import Path
 
 import psutil
 
+from benchmarks.faults.nodes import free_port
+
 
 @dataclass(frozen=True)
 class Head:
@@ -30,20 +32,20 @@ class Head:
 @contextmanager
 def ray_head(cpus: int) -> Iterator[Head]:
     """Ends with everything it has started, by process id."""
-    token, port = secrets.token_hex(16), _free_port()
+    token, port = secrets.token_hex(16), free_port()
     folder = tempfile.mkdtemp(prefix="m", dir="/tmp")  # short, for Ray's sockets
     command = [
         *(sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
         *(f"--num-cpus={cpus}", "--object-store-memory=150000000", f"--temp-dir={folder}"),
-        *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}", f"--port={_free_port()}"),
+        *("--dashboard-host=127.0.0.1", f"--dashboard-port={port}", f"--port={free_port()}"),
         # Any free port: an agent whose port somebody else has taken meanwhile stays up, and takes no jobs.
-        *("--dashboard-agent-listen-port=0", f"--ray-client-server-port={_free_port()}"),
+        *("--dashboard-agent-listen-port=0", f"--ray-client-server-port={free_port()}"),
     ]
     mine = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": token,
-        "AUTOSCALER_METRIC_PORT": str(_free_port()),
-        "DASHBOARD_METRIC_PORT": str(_free_port()),
+        "AUTOSCALER_METRIC_PORT": str(free_port()),
+        "DASHBOARD_METRIC_PORT": str(free_port()),
         # As where the environment that Ray runs in is activated: a job's entrypoint says `python`.
         "PATH": os.pathsep.join([os.path.dirname(sys.executable), os.environ["PATH"]]),
     }
@@ -121,11 +123,3 @@ def _wait(port: int, token: str, process: subprocess.Popen[bytes]) -> None:
             return
         time.sleep(0.2)
     raise RuntimeError(f"no Ray head came up (exit status {process.poll()})")
-
-
-def _free_port() -> int:
-    """Below the ports that the system hands out: one of those may be gone before Ray has come to open it."""
-    while True:
-        port = 20000 + secrets.randbelow(12000)
-        with suppress(OSError), socket.create_server(("127.0.0.1", port)):
-            return port
