@@ -55,8 +55,7 @@ class Readout:
         cuts = torch.nonzero(row_R[1:] != row_R[:-1]).flatten() + 1
         apart = len(row_R) >= self._apart * (len(cuts) + 1)
         edges = [0, *(cuts.tolist() if apart else ()), len(row_R)]
-        step = self._compared
-        return [slice(i, min(i + step, b)) for a, b in pairwise(edges) for i in range(a, b, step)]
+        return [part for a, b in pairwise(edges) for part in _evenly(a, b, self._compared)]
 
     def _compare(self, rows_RD: Tensor, row_R: Tensor, change_RV: Tensor, into: Outcomes, place_R: Tensor) -> None:
         with chosen_linear():  # no linear map here, but many small calls of torch
@@ -71,6 +70,13 @@ class Readout:
         if self._head.linear:
             return self._head.change(rows_RD, self._normed_MD.index_select(0, row_R))
         return self._head.logits(rows_RD).to(self._wide) - self.baseline.logits_MV[row_R]
+
+
+def _evenly(start: int, end: int, about: int) -> list[slice]:
+    """Parts of about that many rows each: a remainder of a few would cost a chunk's calls again."""
+    number = max(1, round((end - start) / about))
+    edges = [start + (end - start) * i // number for i in range(number + 1)]
+    return [slice(a, b) for a, b in pairwise(edges)]
 
 
 def next_tokens(sequences: Sequence[Tensor]) -> Tensor:
