@@ -40,15 +40,20 @@ WIDE = 0.08
 BACK_ENDS = ("eager", "grouped_mm")
 
 
-def matrix_product_rate(function: Callable[[Tensor, Tensor], Tensor], size: int = 2048, repeats: int = 7) -> float:
-    """Floating-point operations per second of a square float32 product, the best of several."""
+def matrix_product_rates(
+    function: Callable[[Tensor, Tensor], Tensor], size: int = 2048, seconds: float = 2.0
+) -> tuple[float, float]:
+    """Floating-point operations per second of a square float32 product: sustained over ``seconds``, as a sweep's are,
+    and of the best single one.
+    """
     a, b = torch.randn(size, size), torch.randn(size, size)
-    times = []
-    for _ in range(repeats):
+    function(a, b)  # warm up
+    times: list[float] = []
+    while sum(times) < seconds:
         start = time.perf_counter()
         function(a, b)
         times.append(time.perf_counter() - start)
-    return 2.0 * size**3 / min(times)
+    return 2.0 * size**3 * len(times) / sum(times), 2.0 * size**3 / min(times)
 
 
 def useful_flops(model: MoEModel, T: int, virtual_rows_by_layer: dict[int, int]) -> float:
@@ -144,7 +149,8 @@ def compare(T: int, sd: float | None, threads: int, sampled: int, turns: int) ->
     rounds: list[dict[str, float]] = []  # seconds of the sweeps, rates of everything else
     for turn in range(turns):
         found = {back_end: forward_per_effect(model, ids, back_end, sampled, turn) for back_end in BACK_ENDS}
-        found |= {name: matrix_product_rate(product) for name, product in products.items()}
+        for name, product in products.items():
+            found[f"{name} sustained"], found[f"{name} best"] = matrix_product_rates(product)
         for name, sequence in zip(("repeated", "once"), sequences, strict=True):
             start = time.perf_counter()
             measured = engine.measure([sequence], [np.arange(T)], layers=layers, interventions=zero)
@@ -157,6 +163,10 @@ def compare(T: int, sd: float | None, threads: int, sampled: int, turns: int) ->
     plain, rate = timed[list(BACK_ENDS)].median().idxmax(), flops / timed["seconds"]
     deepest = effects[(effects["layer"] == layers[-1]) & (effects["unit"] == "expert")]
     batched = nnsight_per_effect(model, ids, 16)
+    shares = {}
+    for product in [f"{name} {kind}" for name in products for kind in ("sustained", "best")]:
+        shares[f"{product} GFLOP/s"] = spread(timed[product] / 1e9, ".0f")
+        shares[f"share of {product}"] = spread(rate / timed[product], ".0%")
     return {
         "T": T,
         "weights": "default" if sd is None else f"sd {sd}",
@@ -169,10 +179,7 @@ def compare(T: int, sd: float | None, threads: int, sampled: int, turns: int) ->
         "ratio": spread(len(effects) / timed["seconds"] / timed[plain], ",.0f"),
         "nnsight effects/s": "not installed" if batched is None else f"{batched:.1f}",
         "useful GFLOP/s": spread(rate / 1e9, ".0f"),
-        "torch matmul GFLOP/s": spread(timed["torch"] / 1e9, ".0f"),
-        "share of it": spread(rate / timed["torch"], ".0%"),
-        "best matmul GFLOP/s": spread(timed[list(products)].max(axis=1) / 1e9, ".0f"),
-        "share of best": spread(rate / timed[list(products)].max(axis=1), ".0%"),
+        **shares,
         "linear, experts": f"{model.linear_path}, {model.experts_path}",
         "micro-batch": measured.micro_batch,
         "experts used, deepest layer": int(deepest["expert"].nunique()),
