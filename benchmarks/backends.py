@@ -39,6 +39,7 @@ from audit.models.outline import configuration_of
 from audit.models.shards.backends import open_shard
 from benchmarks.memory import peak_resident
 from benchmarks.model import olmoe_shaped
+from benchmarks.products import product_rates
 
 MIB = 2**20
 
@@ -217,14 +218,9 @@ def product_rate(device: str, size: int = 2048) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     side, dtype = (size, torch.float32) if device == "cpu" else (4 * size, torch.bfloat16)
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        start = time.perf_counter()
-        (a @ b)[0, 0].item()
-        best = min(best, time.perf_counter() - start)
+    rates = product_rates(lambda a, b: (a @ b)[0, 0].item(), side, device=device, dtype=dtype)
     torch.set_num_threads(threads)
-    return 2.0 * side**3 / best
+    return rates.best
 
 
 def write_checkpoint(name: str | None, folder: Path, device: str) -> str:

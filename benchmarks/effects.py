@@ -18,7 +18,6 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,25 +34,10 @@ from audit.models.linear import linear, onednn_agrees
 from audit.outcomes import Baseline, outcomes_from_logits
 from benchmarks.memory import peak_resident
 from benchmarks.model import olmoe_shaped
+from benchmarks.products import product_rates
 
 WIDE = 0.08
 BACK_ENDS = ("eager", "grouped_mm")
-
-
-def matrix_product_rates(
-    function: Callable[[Tensor, Tensor], Tensor], size: int = 2048, seconds: float = 2.0
-) -> tuple[float, float]:
-    """Floating-point operations per second of a square float32 product: sustained over ``seconds``, as a sweep's are,
-    and of the best single one.
-    """
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    function(a, b)  # warm up
-    times: list[float] = []
-    while sum(times) < seconds:
-        start = time.perf_counter()
-        function(a, b)
-        times.append(time.perf_counter() - start)
-    return 2.0 * size**3 * len(times) / sum(times), 2.0 * size**3 / min(times)
 
 
 def useful_flops(model: MoEModel, T: int, virtual_rows_by_layer: dict[int, int]) -> float:
@@ -150,7 +134,7 @@ def compare(T: int, sd: float | None, threads: int, sampled: int, turns: int) ->
     for turn in range(turns):
         found = {back_end: forward_per_effect(model, ids, back_end, sampled, turn) for back_end in BACK_ENDS}
         for name, product in products.items():
-            found[f"{name} sustained"], found[f"{name} best"] = matrix_product_rates(product)
+            found[f"{name} sustained"], found[f"{name} best"] = product_rates(product)
         for name, sequence in zip(("repeated", "once"), sequences, strict=True):
             start = time.perf_counter()
             measured = engine.measure([sequence], [np.arange(T)], layers=layers, interventions=zero)
