@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -135,6 +136,18 @@ class FakeCommitter:
         self.commits.append([result.task for result in results])
 
 
+class TakesNoTime(Executor):
+    """In place of the committer's thread, whose seconds are not those of the fleet's clock."""
+
+    def submit(self, call: Callable[..., Any], /, *arguments: Any, **named: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(call(*arguments, **named))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
 @dataclass
 class Bench:
     fleet: FakeFleet
@@ -145,7 +158,8 @@ class Bench:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Bench]]:
+    """``beside``: commits run in a thread, and the clock goes on meanwhile."""
     drivers: list[Driver] = []
 
     def make(
@@ -153,8 +167,11 @@ def bench(tmp_path: Path) -> Iterator[Callable[..., Bench]]:
         faults: dict[tuple[str, int], Exception] | None = None,
         scale: Scale | None = None,
         display: Display | None = None,
+        beside: bool = False,
         **policy: Any,
     ) -> Bench:
+        thread = ThreadPoolExecutor if beside else lambda *options: TakesNoTime()
+        monkeypatch.setattr("cluster.driver.commits.ThreadPoolExecutor", thread)
         fleet, committer, stop = FakeFleet(faults or {}), FakeCommitter(), [False]
         folder = RunFolder(str(tmp_path))
         rules = Policy(**{"relaunch_seconds": 0.0, "commit_results": 4, **policy})
@@ -482,7 +499,7 @@ def test_the_number_of_groups_follows_the_time_that_is_left(bench: Callable[...,
 
 
 def test_a_commit_that_finds_no_free_cpu_gets_that_of_a_group(bench: Callable[..., Bench], watch: Watch) -> None:
-    b = bench(size=2, faults={("t3", 1): Hang()}, hang_seconds=500.0, commit_results=2, display=watch)
+    b = bench(size=2, faults={("t3", 1): Hang()}, hang_seconds=500.0, commit_results=2, display=watch, beside=True)
     b.fleet.writes = False
     commit = b.committer.commit
 
