@@ -44,11 +44,18 @@ class Readout:
     def read(self, hidden_RD: Tensor, row_R: Tensor, into: Outcomes, place_R: Tensor) -> None:
         """Outcomes of rows that belong to the audited rows ``row_R``, stored in ``into`` at ``place_R``."""
         normed_RD = self._head.normed(hidden_RD) if self._head.linear else hidden_RD
+        parts: list[Outcomes] = []
         for a in range(0, len(row_R), self._product):
-            rows, row = normed_RD[a : a + self._product], row_R[a : a + self._product]
-            place, change = place_R[a : a + self._product], self._change(rows, row)
-            for part in self._parts(row):
-                self._compare(rows[part], row[part], change[part], into, place[part])
+            row = row_R[a : a + self._product]
+            change = self._change(normed_RD[a : a + self._product], row)
+            with chosen_linear():  # no linear map here, but many small calls of torch
+                parts += (outcomes(change[part], self.baseline, row[part]) for part in self._parts(row))
+        found = Outcomes.joined(parts, self.empty(0))
+        lost = torch.nonzero(~torch.isfinite(found.kl) | ~torch.isfinite(found.js)).flatten()
+        for some in torch.split(lost, self._compared):  # a change beyond the range of exp in float32
+            logits = self.baseline.logits_MV[row_R[some]].double() + self._change(normed_RD[some], row_R[some]).double()
+            found.put(some, outcomes_from_logits(logits, self.baseline, row_R[some]))
+        into.put(place_R, found)
 
     def _parts(self, row_R: Tensor) -> list[slice]:
         """Consecutive rows to be compared together: of one baseline row each, where most have many."""
@@ -56,15 +63,6 @@ class Readout:
         apart = len(row_R) >= self._apart * (len(cuts) + 1)
         edges = [0, *(cuts.tolist() if apart else ()), len(row_R)]
         return [part for a, b in pairwise(edges) for part in _evenly(a, b, self._compared)]
-
-    def _compare(self, rows_RD: Tensor, row_R: Tensor, change_RV: Tensor, into: Outcomes, place_R: Tensor) -> None:
-        with chosen_linear():  # no linear map here, but many small calls of torch
-            found = outcomes(change_RV, self.baseline, row_R)
-        lost = torch.nonzero(~torch.isfinite(found.kl) | ~torch.isfinite(found.js)).flatten()
-        if len(lost):  # a change beyond the range of exp in float32
-            logits = self.baseline.logits_MV[row_R[lost]].double() + self._change(rows_RD[lost], row_R[lost]).double()
-            found.put(lost, outcomes_from_logits(logits, self.baseline, row_R[lost]))
-        into.put(place_R, found)
 
     def _change(self, rows_RD: Tensor, row_R: Tensor) -> Tensor:
         if self._head.linear:

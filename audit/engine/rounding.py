@@ -37,8 +37,9 @@ def moved(values: Tensor, seed: int) -> Tensor:
     """
     bits = values.contiguous().view(_INTEGERS[values.element_size()])
     key_D = hash_words(seed, torch.arange(values.shape[-1], device=values.device))
-    step = torch.where(splitmix(bits.long() ^ key_D) < 0, -1, 1).to(bits.dtype)
-    return torch.where((values == 0) | ~values.isfinite(), values, (bits + step).view(values.dtype))
+    up_or_down = (splitmix(bits.long() ^ key_D) >> 63).bitwise_or_(1).to(bits.dtype)  # -1 where the hash is negative
+    size = values.abs()
+    return torch.where((size > 0) & (size < torch.inf), up_or_down.add_(bits).view(values.dtype), values)
 
 
 def _parts(model: MoEModel) -> list[nn.Module]:

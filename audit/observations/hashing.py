@@ -12,10 +12,10 @@ _SECOND = 0x94D049BB133111EB - (1 << 64)
 
 def splitmix(x: Tensor) -> Tensor:
     """The splitmix64 step of int64 values (Steele, Lea and Flood 2014): a bijection of the 2^64 integers."""
-    x = x + _GOLDEN
-    x = (x ^ _shift(x, 30)) * _FIRST
-    x = (x ^ _shift(x, 27)) * _SECOND
-    return x ^ _shift(x, 31)
+    x = x + _GOLDEN  # a tensor of its own, so that the rest need make no others
+    x.bitwise_xor_(_shifted(x, 30)).mul_(_FIRST)
+    x.bitwise_xor_(_shifted(x, 27)).mul_(_SECOND)
+    return x.bitwise_xor_(_shifted(x, 31))
 
 
 def hash_words(*words: Tensor | int) -> Tensor:
@@ -33,5 +33,5 @@ def token_key(sequence: Tensor, position: Tensor) -> Tensor:
     return (sequence.long() << 32) | position.long()
 
 
-def _shift(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # logical: the sign bit does not spread
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)  # logical: the sign bit does not spread
